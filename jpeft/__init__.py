@@ -1,0 +1,12 @@
+"""Parameter-efficient fine-tuning as pure transforms of Flax parameter trees."""
+
+from jpeft.core.doors import from_linen, from_nnx
+from jpeft.core.lift import DensifyError, lift
+from jpeft.core.method import Method, chain, count, labels, merge, trainable_mask
+from jpeft.core.sites import Site, Sites, find_sites
+from jpeft.core.tree import combine, partition
+from jpeft.core.weight import Weight
+from jpeft.methods import *  # noqa: F403
+from jpeft.methods import methods
+
+__version__ = "0.1.0"

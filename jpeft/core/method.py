@@ -1,0 +1,301 @@
+"""Method: a PEFT method as two pure functions, and what is done with the trees that they give.
+
+trainable, frozen = method.init(key, params, sites)      every array in exactly one half
+params'           = method.bind(trainable, frozen)       the tree with Weights in it
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+
+from jpeft.core.sites import Site, Sites
+from jpeft.core.targets import Targets, select
+from jpeft.core.tree import combine, key_for_path, leaves_with_paths, map_with_paths, partition, path_string
+from jpeft.core.weight import Unfrozen, Weight
+
+__all__ = ["Method", "Chain", "chain", "merge", "count", "trainable_mask", "labels"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods: a frozen dataclass of hyperparameters. A subclass defines `wrap`.
+
+    Fields:
+        targets: what to adapt: a preset (`"all-linear"`, `"attention"`, `"mlp"`, ...), a regex searched in the path, a
+            list of them, or a predicate on sites.
+        modules_to_save: targets (same forms) that train in full beside the method.
+
+    Class data:
+        KINDS: kinds of sites that the method can adapt.
+        NO_OP_AT_START: whether the bound tree computes the pretrained function at first; else WHY_NOT_NO_OP says why.
+    """
+
+    targets: Targets = dataclasses.field(default="all-linear", kw_only=True)
+    modules_to_save: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
+
+    KINDS: ClassVar[tuple[str, ...]] = ("dense", "experts", "embedding", "conv")
+    NO_OP_AT_START: ClassVar[bool] = True
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):  # lists and mappings from configuration files, made hashable
+            value = getattr(self, field.name)
+            if isinstance(value, dict):
+                object.__setattr__(self, field.name, tuple(value.items()))
+            elif isinstance(value, list):
+                object.__setattr__(self, field.name, tuple(tuple(v) if isinstance(v, list) else v for v in value))
+
+    def wrap(self, key: jax.Array, leaf, site: Site) -> Weight:
+        """The Weight that adapts one leaf. `leaf` is an array or a Weight; `key` is the path's own."""
+        raise TypeError(f"{type(self).__name__} defines no wrap")
+
+    def check(self, site: Site) -> str | None:
+        """What is wrong with adapting this site, as a sentence; None where nothing is."""
+        return None
+
+    def init(self, key: jax.Array, params, sites: Sites, calibration=None) -> tuple[Any, Any]:
+        """`(trainable, frozen)`: the tree with the method's Weights in it, split in two.
+
+        Pure: works under `jit` and `eval_shape`, on `ShapeDtypeStruct`s through the latter.
+
+        Raises:
+            ValueError: a target that matches nothing; a site that the method cannot adapt; sites of another tree.
+        """
+        chosen = self.chosen(sites)
+        whole = select(sites, self.modules_to_save, _ANY_KIND) if self.modules_to_save else {}
+        _check_paths({**chosen, **whole}, params)
+
+        def place(path, leaf):
+            if path in whole:
+                return Unfrozen(leaf, axes=whole[path].axes.lstrip("s"))
+            return self.wrap(key_for_path(key, path), leaf, chosen[path]) if path in chosen else leaf
+
+        bound = map_with_paths(place, params)
+        own = lambda path, leaf: _outer_mask(leaf) if path in chosen or path in whole else _none_of(leaf)
+        return partition(bound, map_with_paths(own, bound))
+
+    def chosen(self, sites: Sites) -> dict[str, Site]:
+        """`{path: site}` of what the method adapts, checked.
+
+        Raises:
+            ValueError: see `init`.
+        """
+        chosen = select(sites, self.targets, self.KINDS)
+        problems = [f"{path}: {problem}" for path, site in chosen.items() if (problem := self.check(site))]
+        if problems:
+            more = f"\n... and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise ValueError(f"{type(self).__name__} cannot adapt\n" + "\n".join(problems[:5]) + more)
+        return chosen
+
+    def bind(self, trainable, frozen, key: jax.Array | None = None) -> Any:
+        """The tree with Weights in it. A key switches on what is random in training (dropout)."""
+        bound = combine(trainable, frozen)
+        return bound if key is None else _randomized(bound, key)
+
+    def optimizer(self, tx):
+        """The optax transformation that this method trains with, around the user's own. Default: that itself."""
+        return tx
+
+    def penalty(self, trainable) -> jax.Array | float:
+        """A term to add to the loss. Default: none."""
+        return 0.0
+
+
+_ANY_KIND = ("dense", "experts", "embedding", "conv", "scale", "bias", "other")
+
+
+def _check_paths(chosen: dict[str, Site], params) -> None:
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves_with_paths(params)}
+    wrong = [
+        f"{path}: the sites say {site.shape}, the tree has {shapes.get(path, 'no such leaf')}"
+        for path, site in chosen.items()
+        if shapes.get(path) != tuple(site.shape)
+    ]
+    if wrong:
+        raise ValueError("these sites are of another tree; call find_sites on this one\n" + "\n".join(wrong[:5]))
+
+
+def _none_of(leaf):
+    return jax.tree.map(lambda _: False, leaf)
+
+
+def _outer_mask(weight: Weight):
+    """True for the trainable fields of this Weight, False within what it holds."""
+    fields = weight.trainable_fields()
+    return jax.tree_util.tree_map_with_path(lambda p, _: path_string(p[:1]) in fields, weight)
+
+
+def _full_mask(leaf):
+    """True for the trainable fields of a Weight and of every Weight that it holds."""
+    if not isinstance(leaf, Weight):
+        return _none_of(leaf)
+    mask = _outer_mask(leaf)
+    return mask.replace(base=_full_mask(leaf.base)) if isinstance(leaf.base, Weight) else mask
+
+
+def _randomized(bound, key):
+    switch = lambda path, w: w.randomized(key_for_path(key, path)) if isinstance(w, Weight) else w
+    return map_with_paths(switch, bound)
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _From:
+    """In a chain: the place of an array that the tree bound so far supplies."""
+
+    index: int
+
+
+def _is_none(x) -> bool:
+    return x is None
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Methods applied one after the other, each to the tree that the former ones bound. Made by `chain`."""
+
+    methods: tuple[Any, ...]
+
+    @property
+    def NO_OP_AT_START(self) -> bool:  # noqa: N802  the same data as on a method's class
+        return all(m.NO_OP_AT_START for m in self.methods)
+
+    def init(self, key, params, sites: Sites, calibration=None):
+        """`((trainable, ...), (frozen, ...))`, one entry a method; every array in exactly one of them."""
+        trainables, frozens = [], []
+        bound = params
+        for n, method in enumerate(self.methods):
+            trainable, frozen = method.init(jax.random.fold_in(key, n), bound, sites, calibration)
+            if n:
+                supplied = {id(x): k for k, x in enumerate(jax.tree.leaves(bound, is_leaf=_is_none)) if x is not None}
+                kept = {id(x) for x in jax.tree.leaves(frozen)}
+                here = {id(x) for x in jax.tree.leaves(trainable)}
+                # What this method neither holds frozen nor leaves in place is now its own, or gone.
+                drop = lambda x, supplied=supplied, kept=kept: None if id(x) in supplied and id(x) not in kept else x
+                lost = [x for x in jax.tree.leaves(trainables) if drop(x) is None and id(x) not in here]
+                if lost:
+                    raise ValueError(
+                        f"{method} replaces what an earlier method of the chain trains; put it before that method"
+                    )
+                trainables = [jax.tree.map(drop, t) for t in trainables]
+                frozens = [jax.tree.map(drop, f) for f in frozens]
+                refer = lambda x, supplied=supplied: _From(supplied[id(x)]) if id(x) in supplied else x
+                bound = method.bind(trainable, frozen)
+                frozen = jax.tree.map(refer, frozen)
+            else:
+                bound = method.bind(trainable, frozen)
+            trainables.append(trainable)
+            frozens.append(frozen)
+        return tuple(trainables), tuple(frozens)
+
+    def bind(self, trainable, frozen, key=None):
+        """The tree with all the chain's Weights in it, one inside the other."""
+        bound = None
+        for n, method in enumerate(self.methods):
+            own = frozen[n]
+            if n:
+                supplied = jax.tree.leaves(bound, is_leaf=_is_none)
+                fill = lambda x, supplied=supplied: supplied[x.index] if isinstance(x, _From) else x
+                own = jax.tree.map(fill, own, is_leaf=lambda x: isinstance(x, _From))
+            bound = method.bind(trainable[n], own)
+        return bound if key is None else _randomized(bound, key)
+
+    def optimizer(self, tx):
+        """Every method's transformation around the former ones'."""
+        for method in self.methods:
+            tx = method.optimizer(tx)
+        return tx
+
+    def penalty(self, trainable):
+        """The sum of the methods' penalties, each on its own trainable tree."""
+        return sum(method.penalty(t) for method, t in zip(self.methods, trainable, strict=True))
+
+
+def chain(*methods) -> Any:
+    """Methods one after the other: `chain(NF4(), LoRA())` quantizes, then adapts the quantized weights.
+
+    Its trainable tree is `(first's, second's, ...)`. One method alone is returned as it is.
+
+    Raises:
+        ValueError: no methods.
+    """
+    if not methods:
+        raise ValueError("expected at least one method, got chain()")
+    flat = [inner for m in methods for inner in (m.methods if isinstance(m, Chain) else (m,))]
+    return flat[0] if len(flat) == 1 else Chain(tuple(flat))
+
+
+def merge(bound) -> Any:
+    """The dense tree that `bound` stands for: original structure, shapes, dtypes and shardings; no added latency.
+
+    Raises:
+        ValueError: a Weight that has no dense form; the message names the leaves and the reason.
+    """
+    problems = [
+        f"{path}: {reason}"
+        for path, w in leaves_with_paths(bound)
+        if isinstance(w, Weight) and (reason := w.why_not_merge()) is not None
+    ]
+    if problems:
+        raise ValueError("these leaves cannot be merged\n" + "\n".join(problems[:5]))
+    return map_with_paths(lambda _, w: _placed(w.dense(), w) if isinstance(w, Weight) else w, bound)
+
+
+def _placed(array, weight: Weight):
+    """The merged array on the devices where the base lies."""
+    base = weight.base
+    while isinstance(base, Weight):
+        base = base.base
+    if isinstance(base, jax.core.Tracer) or not isinstance(base, jax.Array) or base.shape != array.shape:
+        return array
+    return jax.device_put(array, base.sharding)
+
+
+def trainable_mask(bound) -> Any:
+    """A tree of booleans like `bound`: True where an array trains. For `optax.masked`."""
+    return map_with_paths(lambda _, leaf: _full_mask(leaf), bound)
+
+
+def labels(bound) -> Any:
+    """A tree of `"trainable"` and `"frozen"` like `bound`. For `optax.multi_transform`."""
+    return jax.tree.map(lambda train: "trainable" if train else "frozen", trainable_mask(bound))
+
+
+@dataclass(frozen=True)
+class Count:
+    """Numbers of parameters; prints as a table."""
+
+    trainable: int
+    total: int
+    groups: tuple[tuple[str, int, int], ...]
+
+    @property
+    def fraction(self) -> float:
+        return self.trainable / max(self.total, 1)
+
+    def __str__(self) -> str:
+        rows = [("parameters", "trainable", "total", "%")]
+        for name, train, total in (*self.groups, ("all", self.trainable, self.total)):
+            rows.append((name, f"{train:,}", f"{total:,}", f"{100 * train / max(total, 1):.4f}"))
+        widths = [max(len(row[k]) for row in rows) for k in range(4)]
+        lines = ["  ".join((str.rjust if k else str.ljust)(c, widths[k]) for k, c in enumerate(row)) for row in rows]
+        rule = "─" * max(map(len, lines))
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def count(tree) -> Count:
+    """Trainable and total numbers of parameters of a bound tree or of one half, by leaf. Works on shapes alone.
+
+    The total holds the adapters' own parameters too, as HF PEFT counts.
+    """
+    groups = []
+    for path, leaf in leaves_with_paths(tree):
+        sizes = [math.prod(x.shape) for x in jax.tree.leaves(leaf)]
+        mask = jax.tree.leaves(_full_mask(leaf))
+        train = sum(n for n, t in zip(sizes, mask, strict=True) if t)
+        groups.append((path, train, sum(sizes)))
+    return Count(sum(g[1] for g in groups), sum(g[2] for g in groups), tuple(groups))

@@ -1,0 +1,270 @@
+"""The operations that a Weight can take part in: a product, a grouped product, a convolution, a row lookup.
+
+Each is a view of one jaxpr equation, with the same five verbs, so that a method is written once for all of them:
+
+    base(x, array)    the equation itself, on a dense array of the leaf's shape
+    inputs(x)         x in the order of the matrix form: (*batch, *free, in)         (not for convolutions, lookups)
+    contract(x, m)    x with a matrix (*batch, in, k) in place of the leaf            -> (*batch, *free, k)
+    mix(h, m)         h (*batch, *free, k) with a matrix (*batch, k, out)             -> (*batch, *free, out)
+    restore(y)        y (*batch, *free, out) in the shape of the equation's result
+
+`transposed` says that the equation contracts the leaf's output axes (a tied head): then `in` and `out` change places.
+An equation that does not contract all inputs or all outputs of the leaf raises `NotAnOp`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from jpeft.core.layout import Layout
+
+__all__ = ["NotAnOp", "Dot", "RaggedDot", "Gather", "Conv"]
+
+
+class NotAnOp(Exception):
+    """The equation uses the leaf in a way that its axes' letters do not describe."""
+
+
+@dataclass(frozen=True)
+class _Op:
+    layout: Layout
+    labels: str  # one letter per base axis
+    dtype: Any  # of the weight operand in the equation
+    params: dict = field(hash=False)
+
+    def _side(self, contracted: set[int]) -> bool:
+        """Whether the contracted base axes are the outputs (True) or the inputs (False)."""
+        sizes = self.layout.base_shape
+        of = {c: {k for k, label in enumerate(self.labels) if label == c and sizes[k] != 1} for c in "io"}
+        contracted = {k for k in contracted if sizes[k] != 1}
+        if contracted == of["i"]:
+            return False
+        if contracted == of["o"]:
+            return True
+        raise NotAnOp(f"axes {sorted(contracted)} are contracted; the leaf's axes are {self.labels!r}")
+
+    def _base_parts(self, letter: str) -> list[tuple[int, int]]:
+        cuts = self.layout.cuts
+        return [
+            (k, n) for k, c in enumerate(self.labels) if c == letter for n in range(len(cuts[k])) if cuts[k][n] != 1
+        ]
+
+    def _dense(self, array):
+        return self.layout.apply(array.astype(self.dtype))
+
+    def _cast(self, x, m):
+        return m.astype(x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else self.dtype)
+
+    def _split_out(self, y, free_axes, letter: str):
+        """The last axis of `y`, merged outputs in base order, as the view axes `free_axes`."""
+        parts = self._base_parts(letter)
+        size = self.layout.size
+        wanted = [p for axis in free_axes for p in self.layout.axes[axis] if size(p) != 1]
+        if sorted(wanted) != sorted(parts):
+            raise NotAnOp("only part of the leaf's free axes is left")
+        lead = y.shape[:-1]
+        if wanted != parts:
+            y = y.reshape(*lead, *map(size, parts))
+            order = [len(lead) + parts.index(p) for p in wanted]
+            y = jnp.transpose(y, [*range(len(lead)), *order])
+        return y.reshape(*lead, *(self.layout.shape[a] for a in free_axes))
+
+
+@dataclass(frozen=True)
+class Dot(_Op):
+    """`dot_general`; `side` is the weight's place among the two operands."""
+
+    side: int = 1
+    x_ndim: int = 2
+
+    def __post_init__(self):
+        self.transposed  # noqa: B018  checks that this is an op
+        for axis in self._w_batch:
+            if self.layout.base_axis(axis) is None:
+                raise NotAnOp("a batch axis is merged with another")
+        whole = {self.layout.base_axis(a) for a in self._w_batch}
+        if whole != {k for k, c in enumerate(self.labels) if c in "sb" and self.layout.base_shape[k] != 1}:
+            raise NotAnOp("the leaf's stack and batch axes are not the product's batch axes")
+
+    @property
+    def _dims(self):
+        (left, right), (left_batch, right_batch) = self.params["dimension_numbers"]
+        if self.side == 1:
+            return tuple(left), tuple(right), tuple(left_batch), tuple(right_batch)
+        return tuple(right), tuple(left), tuple(right_batch), tuple(left_batch)
+
+    @property
+    def _w_batch(self):
+        return self._dims[3]
+
+    @property
+    def transposed(self) -> bool:
+        return self._side({p[0] for axis in self._dims[1] for p in self.layout.axes[axis]})
+
+    @property
+    def _x_free(self):
+        used = {*self._dims[0], *self._dims[2]}
+        return [k for k in range(self.x_ndim) if k not in used]
+
+    @property
+    def _batch_order(self) -> list[int]:
+        """The product's batch axes in the order of the leaf's own axes."""
+        return sorted(range(len(self._w_batch)), key=lambda n: self.layout.base_axis(self._w_batch[n]))
+
+    def base(self, x, array):
+        operands = (x, self._dense(array)) if self.side == 1 else (self._dense(array), x)
+        return lax.dot_general(*operands, **self.params)
+
+    def inputs(self, x):
+        cx, cw, bx, _ = self._dims
+        order = [bx[n] for n in self._batch_order] + self._x_free + list(cx)
+        if order != list(range(x.ndim)):
+            x = jnp.transpose(x, order)
+        lead = x.shape[: x.ndim - len(cx)]
+        parts = [p for axis in cw for p in self.layout.axes[axis] if self.layout.size(p) != 1]
+        if parts != sorted(parts):
+            x = x.reshape(*lead, *map(self.layout.size, parts))
+            x = jnp.transpose(x, [*range(len(lead)), *(len(lead) + parts.index(p) for p in sorted(parts))])
+        return x if x.ndim == len(lead) + 1 else x.reshape(*lead, -1)
+
+    def contract(self, x, m):
+        return self.mix(self.inputs(x), m)
+
+    def mix(self, h, m):
+        m = self._cast(h, m)
+        batch = tuple(range(m.ndim - 2))
+        dims = (((h.ndim - 1,), (m.ndim - 2,)), (batch, batch))
+        return lax.dot_general(h, m, dims, precision=self.params.get("precision"))
+
+    def restore(self, y):
+        batch, free = len(self._w_batch), len(self._x_free)
+        used = {*self._dims[1], *self._dims[3]}
+        free_w = [a for a in range(len(self.layout.axes)) if a not in used]
+        y = self._split_out(y, free_w, "i" if self.transposed else "o")
+        order = [self._batch_order.index(n) for n in range(batch)]
+        x_axes, w_axes = list(range(batch, batch + free)), list(range(batch + free, y.ndim))
+        order += x_axes + w_axes if self.side == 1 else w_axes + x_axes
+        return y if order == list(range(y.ndim)) else jnp.transpose(y, order)
+
+
+@dataclass(frozen=True)
+class RaggedDot(_Op):
+    """`ragged_dot_general` with rows grouped along the first axis of x: x (rows, in), leaf (groups, in, out)."""
+
+    sizes: Any = None  # rows of each group
+
+    def __post_init__(self):
+        numbers = self.params["ragged_dot_dimension_numbers"]
+        (left, right), batch = numbers.dot_dimension_numbers
+        rows, groups = tuple(numbers.lhs_ragged_dimensions), tuple(numbers.rhs_group_dimensions)
+        plain = (tuple(left), tuple(map(tuple, batch)), rows, groups) == ((1,), ((), ()), (0,), (0,))
+        whole = self.layout.base_axis(0)
+        if not plain or len(right) != 1 or whole is None or self.labels[whole] != "b":
+            raise NotAnOp("only x (rows, in) with a leaf of one group axis is known")
+        object.__setattr__(self, "_right", right[0])
+        self.transposed  # noqa: B018  checks that this is an op
+
+    @property
+    def transposed(self) -> bool:
+        return self._side({p[0] for p in self.layout.axes[self._right]})  # type: ignore[attr-defined]
+
+    def base(self, x, array):
+        return lax.ragged_dot_general(x, self._dense(array), self.sizes, **self.params)
+
+    def inputs(self, x):
+        parts = [p for p in self.layout.axes[self._right] if self.layout.size(p) != 1]  # type: ignore[attr-defined]
+        if parts != sorted(parts):
+            raise NotAnOp("the contracted axes are permuted")
+        return x
+
+    def contract(self, x, m):
+        return self.mix(self.inputs(x), m)
+
+    def mix(self, h, m):
+        return lax.ragged_dot(h, self._cast(h, m), self.sizes, precision=self.params.get("precision"))
+
+    def restore(self, y):
+        free = [a for a in (1, 2) if a != self._right]  # type: ignore[attr-defined]
+        return self._split_out(y, free, "i" if self.transposed else "o")
+
+
+@dataclass(frozen=True)
+class Gather(_Op):
+    """`gather` of whole rows, an embedding: x holds row numbers `(..., 1)`."""
+
+    def __post_init__(self):
+        numbers = self.params["dimension_numbers"]
+        shape = self.layout.shape
+        one = tuple(numbers.collapsed_slice_dims)
+        rows = len(one) == 1 and tuple(numbers.start_index_map) == one and not numbers.operand_batching_dims
+        if not rows or tuple(self.params["slice_sizes"]) != tuple(1 if k in one else n for k, n in enumerate(shape)):
+            raise NotAnOp("only a lookup of whole rows is known")
+        object.__setattr__(self, "_row_axis", one[0])
+        self.transposed  # noqa: B018  checks that this is an op
+        if any(c in "sb" for c in self.labels):
+            raise NotAnOp("a stacked embedding is looked up before its layer is taken")
+
+    @property
+    def transposed(self) -> bool:
+        return self._side({p[0] for p in self.layout.axes[self._row_axis]})  # type: ignore[attr-defined]
+
+    def base(self, x, array):
+        return lax.gather(self._dense(array), x, **self.params)
+
+    def contract(self, x, m):
+        numbers = lax.GatherDimensionNumbers((x.ndim - 1,), (0,), (0,))
+        keep = {k: v for k, v in self.params.items() if k not in ("dimension_numbers", "slice_sizes")}
+        return lax.gather(m.astype(self.dtype), x, numbers, slice_sizes=(1, m.shape[-1]), **keep)
+
+    def mix(self, h, m):
+        return h @ m.astype(h.dtype)
+
+    def restore(self, y):
+        free = [a for a in range(len(self.layout.axes)) if a != self._row_axis]  # type: ignore[attr-defined]
+        y = self._split_out(y, free, "i" if self.transposed else "o")
+        source = tuple(range(y.ndim - len(free), y.ndim))
+        return jnp.moveaxis(y, source, self.params["dimension_numbers"].offset_dims)
+
+
+@dataclass(frozen=True)
+class Conv(_Op):
+    """`conv_general_dilated` with the leaf as its kernel: window and input channels are `i`, output channels `o`."""
+
+    transposed = False
+
+    def __post_init__(self):
+        if self.params["batch_group_count"] != 1 or self.layout != Layout.identity(self.layout.base_shape):
+            raise NotAnOp("batch-grouped convolutions and permuted kernels are not known")
+        out = self.params["dimension_numbers"].rhs_spec[0]
+        if any(c != ("o" if k == out else "i") for k, c in enumerate(self.labels)):
+            raise NotAnOp("the leaf's axes are not a kernel's")
+
+    @property
+    def groups(self) -> int:
+        return self.params["feature_group_count"]
+
+    def base(self, x, array):
+        return lax.conv_general_dilated(x, self._dense(array), **self.params)
+
+    def contract(self, x, m):
+        numbers = self.params["dimension_numbers"]
+        out = numbers.rhs_spec[0]
+        window = [n for k, n in enumerate(self.layout.base_shape) if k != out]
+        m = jnp.tile(self._cast(x, m), self.groups)  # one copy for each group of channels
+        kernel = jnp.moveaxis(m.reshape(*window, m.shape[-1]), -1, out)
+        return jnp.moveaxis(lax.conv_general_dilated(x, kernel, **self.params), numbers.out_spec[1], -1)
+
+    def mix(self, h, m):
+        m = m.astype(h.dtype)
+        if self.groups == 1:
+            return h @ m
+        grouped = h.reshape(*h.shape[:-1], self.groups, -1)
+        y = jnp.einsum("...gr,rgo->...go", grouped, m.reshape(m.shape[0], self.groups, -1))
+        return y.reshape(*h.shape[:-1], -1)
+
+    def restore(self, y):
+        return jnp.moveaxis(y, -1, self.params["dimension_numbers"].out_spec[1])

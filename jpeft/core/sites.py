@@ -1,0 +1,368 @@
+"""find_sites: the map of what can be adapted, read from one abstract trace of the function.
+
+Nothing is run and no module is named: the axes of a leaf get their letters from how the equations use them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+
+from jpeft.core import compat
+from jpeft.core.layout import Layout
+from jpeft.core.tree import leaves_with_paths
+from jpeft.core.weight import Weight
+
+__all__ = ["Site", "Sites", "find_sites"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One use of one parameter.
+
+    Attributes:
+        path: where the leaf is in the tree, `layers/attn/query/kernel`.
+        kind: `dense`, `embedding`, `conv`, `experts`, `scale`, `bias` or `other`.
+        shape, dtype: the leaf's.
+        axes: one letter per axis: `i` contracted, `o` output, `b` batch (experts), `s` stacked (scanned layers).
+        calls: how often one application of the function uses it.
+        flops: floating-point operations of those uses (a multiply-add counts two).
+        head: whether it maps to a vocabulary (as many outputs as an embedding has rows).
+        line: where in the model's code.
+    """
+
+    path: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: Any
+    axes: str
+    calls: int
+    flops: int
+    head: bool = False
+    line: str = ""
+
+
+@dataclass(frozen=True)
+class Sites:
+    """All uses found, in the order of the function. Iterable; prints as a table."""
+
+    uses: tuple[Site, ...]
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.uses)
+
+    def __len__(self) -> int:
+        return len(self.uses)
+
+    def __getitem__(self, path: str) -> Site:
+        for site in self.uses:
+            if site.path == path:
+                return site
+        raise KeyError(f"no site {path!r}; the sites are {', '.join(s.path for s in self.uses)}")
+
+    @property
+    def paths(self) -> list[str]:
+        return [s.path for s in self.uses]
+
+    def __str__(self) -> str:
+        rows = [("path", "kind", "shape", "axes", "dtype", "calls", "MFLOP")]
+        for s in self.uses:
+            kind = s.kind + (" (head)" if s.head else "")
+            shape = "×".join(map(str, s.shape)) or "scalar"
+            flops = f"{s.flops / 1e6:,.3f}" if s.flops else "-"
+            rows.append((s.path, kind, shape, s.axes, str(s.dtype), str(s.calls), flops))
+        widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+        cells = [[(str.rjust if k > 4 else str.ljust)(c, widths[k]) for k, c in enumerate(row)] for row in rows]
+        lines = ["  ".join(row).rstrip() for row in cells]
+        lines.insert(1, "─" * max(map(len, lines)))
+        lines.append("axes: i contracted, o output, b batch (experts), s stacked (scanned layers)")
+        return "\n".join(lines)
+
+
+def find_sites(fn: Callable, params, *inputs, **keywords) -> Sites:
+    """Every use that `fn(params, *inputs, **keywords)` makes of every parameter.
+
+    Args:
+        fn: any pure function of a parameter tree.
+        params: arrays or `jax.ShapeDtypeStruct`s; no FLOPs are spent.
+        inputs, keywords: the other arguments, arrays or structs. Python scalars, strings and None stay as they are.
+
+    Raises:
+        ValueError: no parameter is used at all.
+
+    Example:
+        >>> import jax.numpy as jnp, jpeft
+        >>> sites = jpeft.find_sites(lambda p, x: x @ p["kernel"], {"kernel": jnp.ones((4, 3))}, jnp.ones((2, 4)))
+        >>> sites["kernel"].axes, sites["kernel"].flops
+        ('io', 48)
+    """
+    leaves, structure = jax.tree.flatten(params, is_leaf=lambda x: isinstance(x, Weight))
+    paths = [path for path, _ in leaves_with_paths(params)]
+    arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+    rest, rest_structure = jax.tree.flatten((inputs, keywords))
+    dynamic = [hasattr(x, "shape") and hasattr(x, "dtype") for x in rest]
+
+    def flat_fn(arrays, values):
+        values = iter(values)
+        full = [next(values) if d else x for x, d in zip(rest, dynamic, strict=True)]
+        inputs, keywords = jax.tree.unflatten(rest_structure, full)
+        return fn(jax.tree.unflatten(structure, arrays), *inputs, **keywords)
+
+    jaxpr, _, _ = compat.trace(flat_fn, arrays, [x for x, d in zip(rest, dynamic, strict=True) if d])
+    tracer = _Tracer()
+    seen = [_Leaf.of(path, x) for path, x in zip(paths, arrays, strict=True)]
+    tracer.jaxpr(jaxpr, seen + [None] * (len(jaxpr.invars) - len(seen)), times=1)
+    return Sites(_mark_heads(tracer.sites()))
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """A parameter on its way through the jaxpr; `alive` are the axes of the original that the layout still has."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    layout: Layout
+    alive: tuple[int, ...]
+    vector: bool = False  # seen only through elementwise steps that keep it a scale or a bias
+
+    @classmethod
+    def of(cls, path, x) -> _Leaf:
+        return cls(path, tuple(x.shape), x.dtype, Layout.identity(x.shape), tuple(range(len(x.shape))))
+
+    def through(self, layout: Layout | None) -> _Leaf | None:
+        return None if layout is None else replace(self, layout=layout)
+
+    def without(self, view_axis: int) -> _Leaf | None:
+        """After one whole axis has been taken: by a scan, or by the index of an unrolled loop."""
+        axis = self.layout.base_axis(view_axis)
+        if axis is None:
+            return None
+        layout = self.layout.squeeze([view_axis]).without(axis)
+        return replace(self, layout=layout, alive=self.alive[:axis] + self.alive[axis + 1 :])
+
+    def letters(self, contracted=(), batch=()) -> str | None:
+        """The letters of the original's axes, from the view axes that an equation contracts or batches."""
+        letters = ["s"] * len(self.shape)
+        for view_axis, parts in enumerate(self.layout.axes):
+            letter = "i" if view_axis in contracted else "b" if view_axis in batch else "o"
+            for axis, _ in parts:
+                if letters[self.alive[axis]] not in ("s", letter):
+                    return None
+                letters[self.alive[axis]] = letter
+        for axis in self.alive:  # size one, and hidden by a squeeze
+            if letters[axis] == "s" and self.shape[axis] == 1:
+                letters[axis] = "o"
+        return "".join(letters)
+
+
+class _Tracer:
+    def __init__(self):
+        self.found: dict[tuple[str, str, str], Site] = {}
+
+    def sites(self) -> list[Site]:
+        return list(self.found.values())
+
+    def record(self, leaf: _Leaf, kind: str, axes: str | None, times: int, flops: int, eqn) -> None:
+        axes = axes if axes is not None else "?" * len(leaf.shape)
+        key = (leaf.path, kind, axes)
+        if key in self.found:
+            old = self.found[key]
+            self.found[key] = replace(old, calls=old.calls + times, flops=old.flops + times * flops)
+        else:
+            line = compat.source_line(eqn)
+            self.found[key] = Site(leaf.path, kind, leaf.shape, leaf.dtype, axes, times, times * flops, line=line)
+
+    def jaxpr(self, jaxpr, values, times: int) -> list:
+        env = dict(zip(jaxpr.invars, values, strict=True))
+        read = lambda atom: None if isinstance(atom, compat.Literal) else env.get(atom)
+        for eqn in jaxpr.eqns:
+            operands = [read(atom) for atom in eqn.invars]
+            if any(v is not None for v in operands) or eqn.primitive.name in _CALLS:
+                outs = self.equation(eqn, operands, times)
+                env.update(zip(eqn.outvars, outs, strict=False))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def equation(self, eqn, operands, times) -> list:
+        name = eqn.primitive.name
+        if name in _CALLS:
+            return _CALLS[name](self, eqn, operands, times)
+        if name in _VIEWS and operands[0] is not None:
+            view = _VIEWS[name](operands[0], eqn)
+            if view is not None:
+                return [view]
+        if name in _USES:
+            return _USES[name](self, eqn, operands, times) or []
+        return self.elementwise(eqn, operands, times)
+
+    def elementwise(self, eqn, operands, times) -> list:
+        """A scale, a bias, a step that keeps one, or some other use."""
+        name = eqn.primitive.name
+        leaf = next(v for v in operands if v is not None)
+        others = [a for a, v in zip(eqn.invars, operands, strict=True) if v is None]
+        scalar = all(math.prod(a.aval.shape) == 1 for a in others)
+        if scalar and name in ("add", "sub", "mul", "div", "neg", "exp", "broadcast_in_dim", "reshape", "max"):
+            return [replace(leaf, vector=True)] * len(eqn.outvars)
+        kind = {"mul": "scale", "div": "scale", "add": "bias", "sub": "bias"}.get(name, "other")
+        axes = "".join("o" if k in leaf.alive else "s" for k in range(len(leaf.shape)))
+        for v in operands:
+            if v is not None:
+                self.record(v, kind, axes if v is leaf else None, times, 0, eqn)
+        return []
+
+
+def _transpose(leaf, eqn):
+    return None if leaf.vector else leaf.through(leaf.layout.transpose(eqn.params["permutation"]))
+
+
+def _reshape(leaf, eqn):
+    return None if leaf.vector else leaf.through(leaf.layout.reshape(eqn.params["new_sizes"]))
+
+
+def _squeeze(leaf, eqn):
+    if leaf.vector:
+        return leaf
+    for axis in sorted((d % len(leaf.layout.axes) for d in eqn.params["dimensions"]), reverse=True):
+        base = leaf.layout.base_axis(axis)
+        taken = base is not None and leaf.shape[leaf.alive[base]] != 1  # one layer out of a stack
+        leaf = leaf.without(axis) if taken else leaf.through(leaf.layout.squeeze([axis]))
+    return leaf
+
+
+def _resize(leaf, shape):
+    """A slice: the same axes, shorter."""
+    if leaf.vector:
+        return leaf
+    cuts = list(leaf.layout.cuts)
+    for view_axis, size in enumerate(shape):
+        if size == leaf.layout.shape[view_axis]:
+            continue
+        base = leaf.layout.base_axis(view_axis)
+        if base is None or len(cuts[base]) != 1:
+            return None
+        cuts[base] = (size,)
+    return leaf.through(Layout(tuple(cuts), leaf.layout.axes))
+
+
+_VIEWS: dict[str, Callable] = {
+    "transpose": _transpose,
+    "reshape": _reshape,
+    "squeeze": _squeeze,
+    "slice": lambda leaf, eqn: _resize(leaf, eqn.outvars[0].aval.shape),
+    "dynamic_slice": lambda leaf, eqn: _resize(leaf, eqn.outvars[0].aval.shape),
+    **dict.fromkeys(
+        (
+            "convert_element_type",
+            "sharding_constraint",
+            "copy",
+            "copy_p",
+            "name",
+            "stop_gradient",
+            "optimization_barrier",
+        ),
+        lambda leaf, eqn: leaf,
+    ),
+}
+
+
+def _dot(tracer, eqn, operands, times):
+    contracting, batching = eqn.params["dimension_numbers"]
+    inner = math.prod(eqn.invars[0].aval.shape[k] for k in contracting[0])
+    flops = 2 * inner * math.prod(eqn.outvars[0].aval.shape)
+    for side, leaf in enumerate(operands):
+        if leaf is not None:
+            axes = leaf.letters(contracting[side], batching[side])
+            kind = "experts" if axes and "b" in axes else "dense"
+            tracer.record(leaf, kind, axes, times, flops, eqn)
+
+
+def _ragged(tracer, eqn, operands, times):
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    contracting, batching = numbers.dot_dimension_numbers
+    flops = 2 * math.prod(eqn.outvars[0].aval.shape) * eqn.invars[0].aval.shape[-1]
+    for side, leaf in enumerate(operands[:2]):
+        if leaf is not None:
+            groups = tuple(numbers.rhs_group_dimensions) if side == 1 else ()
+            axes = leaf.letters(contracting[side], (*batching[side], *groups))
+            tracer.record(leaf, "experts", axes, times, flops, eqn)
+
+
+def _gather(tracer, eqn, operands, times):
+    leaf = operands[0]
+    if leaf is not None:
+        numbers = eqn.params["dimension_numbers"]
+        tracer.record(leaf, "embedding", leaf.letters(tuple(numbers.start_index_map)), times, 0, eqn)
+
+
+def _conv(tracer, eqn, operands, times):
+    leaf = operands[1]
+    if leaf is not None:
+        out = eqn.params["dimension_numbers"].rhs_spec[0]
+        shape = eqn.invars[1].aval.shape
+        window = tuple(k for k in range(len(shape)) if k != out)
+        flops = 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[k] for k in window)
+        tracer.record(leaf, "conv", leaf.letters(window), times, flops, eqn)
+
+
+_USES: dict[str, Callable] = {
+    "dot_general": _dot,
+    "ragged_dot_general": _ragged,
+    "gather": _gather,
+    "conv_general_dilated": _conv,
+}
+
+
+def _call(name: str) -> Callable:
+    def enter(tracer, eqn, operands, times):
+        jaxpr, _ = compat.open_jaxpr(eqn.params[name])
+        return tracer.jaxpr(jaxpr, operands, times)
+
+    return enter
+
+
+def _scan(tracer, eqn, operands, times):
+    jaxpr, _ = compat.open_jaxpr(eqn.params["jaxpr"])
+    consts, carry = compat.scan_split(eqn)
+    inside = [leaf and leaf.without(0) for leaf in operands[consts + carry :]]
+    before = operands[:consts] + [None] * carry  # a carried parameter is no parameter any more
+    tracer.jaxpr(jaxpr, before + inside, times * eqn.params["length"])
+    return [None] * len(eqn.outvars)
+
+
+def _cond(tracer, eqn, operands, times):
+    for branch in eqn.params["branches"]:
+        jaxpr, _ = compat.open_jaxpr(branch)
+        tracer.jaxpr(jaxpr, operands[1:], times)
+    return [None] * len(eqn.outvars)
+
+
+def _while(tracer, eqn, operands, times):
+    n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    for name, consts in (("cond_jaxpr", operands[:n]), ("body_jaxpr", operands[n : n + m])):
+        jaxpr, _ = compat.open_jaxpr(eqn.params[name])
+        tracer.jaxpr(jaxpr, consts + [None] * (len(jaxpr.invars) - len(consts)), times)
+    return [None] * len(eqn.outvars)
+
+
+_CALLS: dict[str, Callable] = {
+    **dict.fromkeys(("jit", "pjit", "closed_call", "remat2", "checkpoint", "remat", "shard_map"), _call("jaxpr")),
+    **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), _call("call_jaxpr")),
+    "scan": _scan,
+    "cond": _cond,
+    "while": _while,
+}
+
+
+def _mark_heads(sites: list[Site]) -> tuple[Site, ...]:
+    """A dense site outside any stack with as many outputs as an embedding has rows is a vocabulary head."""
+    rows = {_size(s, "i") for s in sites if s.kind == "embedding"}
+    is_head = lambda s: s.kind == "dense" and "s" not in s.axes and _size(s, "o") in rows
+    return tuple(replace(s, head=True) if is_head(s) else s for s in sites)
+
+
+def _size(site: Site, letter: str) -> int:
+    return math.prod(n for n, c in zip(site.shape, site.axes, strict=True) if c == letter)

@@ -1,0 +1,84 @@
+"""Targets: which sites a method adapts. A preset, a regex searched in the path, a list of them, or a predicate."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jpeft.core.sites import Site, Sites
+
+__all__ = ["Targets", "PRESETS", "select", "first_match"]
+
+Targets = str | Sequence[str] | Callable[[Site], bool]
+
+_ATTENTION = re.compile(r"attn|attention|(^|/)(q|k|v|o|query|key|value|out)(_proj|_einsum)?/", re.IGNORECASE)
+_MLP = re.compile(r"mlp|feed_?forward|ffn|(gate|up|down)_proj|intermediate", re.IGNORECASE)
+
+PRESETS: dict[str, Callable[[Site], bool]] = {
+    "all-linear": lambda site: site.kind == "dense" and not site.head,
+    "attention": lambda site: site.kind == "dense" and not site.head and bool(_ATTENTION.search(site.path)),
+    "mlp": lambda site: site.kind == "dense" and not site.head and bool(_MLP.search(site.path)),
+    "embedding": lambda site: site.kind == "embedding",
+    "conv": lambda site: site.kind == "conv",
+    "experts": lambda site: site.kind == "experts",
+    "norm": lambda site: site.kind == "scale",
+    "bias": lambda site: site.kind == "bias",
+}
+
+
+def select(sites: Sites, targets: Targets, kinds: Sequence[str]) -> dict[str, Site]:
+    """`{path: site}` of what the targets match, each leaf once: by the first of its uses whose kind is in `kinds`.
+
+    Raises:
+        ValueError: a target (or one of a list) matches nothing, or only sites of other kinds. All such targets are
+            reported together with the nearest paths.
+    """
+    if callable(targets):
+        wanted = [("the predicate", targets)]
+    else:
+        names = [targets] if isinstance(targets, str) else list(targets)
+        if not names:
+            raise ValueError("expected at least one target, got an empty list; write targets='all-linear' or a regex")
+        wanted = [(repr(name), PRESETS.get(name) or _searcher(name)) for name in names]
+    chosen: dict[str, Site] = {}
+    problems = []
+    for name, matches in wanted:
+        matched = [site for site in sites if matches(site)]
+        usable = [site for site in matched if site.kind in kinds and "?" not in site.axes]
+        if not usable:
+            problems.append(_nothing(name, matched, sites, kinds))
+        for site in usable:
+            chosen.setdefault(site.path, site)
+    if problems:
+        raise ValueError("\n".join(problems))
+    order = [s.path for s in sites]
+    return {path: chosen[path] for path in sorted(chosen, key=order.index)}
+
+
+def _searcher(pattern: str) -> Callable[[Site], bool]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"target {pattern!r} is neither a preset ({', '.join(PRESETS)}) nor a regex: {error}"
+        ) from error
+    return lambda site: bool(compiled.search(site.path))
+
+
+def _nothing(name: str, matched: list[Site], sites: Sites, kinds: Sequence[str]) -> str:
+    if matched:
+        found = ", ".join(sorted({f"{s.path} ({s.kind})" for s in matched})[:5])
+        return f"target {name} matches only {found}; expected a site of kind {', '.join(kinds)}"
+    paths = list(dict.fromkeys(s.path for s in sites if s.kind in kinds))
+    words = list(dict.fromkeys(word for path in paths for word in path.split("/")))
+    near = difflib.get_close_matches(name.strip("'"), words + list(PRESETS), n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return f"target {name} matches no site{hint}\nthe sites are: {', '.join(paths[:12])}{', ...' if len(paths) > 12 else ''}"
+
+
+def first_match(patterns: Mapping[str, Any] | Sequence[tuple[str, Any]], path: str, default):
+    """The value of the first pattern found in the path, else the default."""
+    items = patterns.items() if isinstance(patterns, Mapping) else patterns
+    return next((value for pattern, value in items if re.search(pattern, path)), default)

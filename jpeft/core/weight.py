@@ -1,0 +1,193 @@
+"""Weight: what stands in a parameter tree where a dense leaf stood.
+
+Invariants, for a Weight `w` that stands for a leaf of shape `w.shape` and dtype `w.dtype`:
+
+    w.dense()            is that leaf
+    w.apply(op, x)       equals op.base(x, w.dense()), without forming w.dense()
+
+`axes` gives one letter per axis of the leaf: `i` input (contracted), `o` output, `b` batch (experts), `s` stacked
+(scanned layers). Leading stack axes are not written, so that a Weight stays valid when `scan` or `vmap` takes one away.
+Fields other than `base` are laid out `(*stack, *batch, ...)` with the input axes merged into one and the output axes
+merged into one: the *matrix form* `(*stack, *batch, in, out)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["Weight", "Unfrozen", "weight", "static", "apply", "dense", "labels_of", "to_matrix", "from_matrix"]
+
+W = TypeVar("W", bound="type[Weight]")
+
+
+def static(default: Any = dataclasses.MISSING) -> Any:
+    """A field that is part of the tree's structure, not an array: hashable, and free of stack axes."""
+    return dataclasses.field(default=default, metadata={"static": True}, kw_only=True)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(static,))
+def weight(cls: W) -> W:
+    """Make a class of arrays and `static` fields a frozen dataclass and a pytree node."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, eq=False)(cls))
+
+
+def labels_of(ndim: int, axes: str) -> str:
+    """One letter per axis: `axes` with the unwritten leading stack axes put back."""
+    return "s" * (ndim - len(axes)) + axes
+
+
+class Weight:
+    """Base of all Weights. A subclass is decorated with `@weight`, has the fields `base` and `axes`, and defines
+    `apply` and `dense`.
+
+    Class data:
+        FIELDS: field name -> letters of its trailing axes: `i` merged inputs, `o` merged outputs, others its own.
+        TRAINABLE: names of the fields that `init` puts in the trainable half.
+        SLICEABLE: which of `i` and `o` may be sliced by slicing the fields (the map is linear in them).
+    """
+
+    FIELDS: ClassVar[dict[str, str]] = {}
+    TRAINABLE: ClassVar[frozenset[str]] = frozenset()
+    SLICEABLE: ClassVar[str] = ""
+
+    base: Any
+    axes: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.base.shape)
+
+    @property
+    def dtype(self):
+        return self.base.dtype
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def labels(self) -> str:
+        return labels_of(self.ndim, self.axes)
+
+    def apply(self, op, x) -> jax.Array:
+        """The result of `op` (see `core/ops.py`) on `x` and this weight."""
+        raise TypeError(f"{type(self).__name__} defines no apply")
+
+    def dense(self) -> jax.Array:
+        """The leaf that this Weight stands for: its shape, its dtype."""
+        raise TypeError(f"{type(self).__name__} defines no dense")
+
+    def trainable_fields(self) -> frozenset[str]:
+        """Names of this instance's trainable fields."""
+        return self.TRAINABLE
+
+    def why_not_merge(self) -> str | None:
+        """Why this Weight has no dense form; None where it has one."""
+        return self.base.why_not_merge() if isinstance(self.base, Weight) else None
+
+    def randomized(self, key: jax.Array) -> Weight:
+        """The Weight with what is random in training switched on. Default: nothing is."""
+        return self if not isinstance(self.base, Weight) else self.replace(base=self.base.randomized(key))
+
+    def replace(self, **changes) -> Self:
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+    def along(self, axis: int, fn: Callable[[jax.Array, int], jax.Array], *, drop: bool = False) -> Weight | None:
+        """Apply `fn(array, axis)` (a slice, an index) along one axis of the leaf, to every field that has it.
+
+        `drop` says that `fn` takes the axis away. None where the fields cannot be cut along that axis.
+        """
+        letter = self.labels[axis]
+        if letter in "io" and letter not in self.SLICEABLE:
+            return None
+        new = {
+            name: self._field_along(name, axis, letter, fn) for name in self.FIELDS if getattr(self, name) is not None
+        }
+        new["base"] = self.base.along(axis, fn, drop=drop) if isinstance(self.base, Weight) else fn(self.base, axis)
+        if new["base"] is None:
+            return None
+        written = axis - (self.ndim - len(self.axes))
+        axes = self.axes[:written] + self.axes[written + 1 :] if drop and written >= 0 else self.axes
+        return self.replace(**new, axes=axes)
+
+    def _field_along(self, name: str, axis: int, letter: str, fn):
+        field, letters = getattr(self, name), self.FIELDS[name]
+        if letter in "sb":
+            return fn(field, sum(c in "sb" for c in self.labels[:axis]))
+        if letter not in letters:
+            return field
+        at = field.ndim - len(letters) + letters.index(letter)
+        sizes = [n for n, c in zip(self.shape, self.labels, strict=True) if c == letter]
+        position = sum(c == letter for c in self.labels[:axis])
+        field = field.reshape(*field.shape[:at], *sizes, *field.shape[at + 1 :])
+        field = fn(field, at + position)
+        count = len(sizes) - (field.ndim < len(sizes) + getattr(self, name).ndim - 1)
+        merged = math.prod(field.shape[at : at + count])
+        return field.reshape(*field.shape[:at], merged, *field.shape[at + count :])
+
+    def stack_first(self, axis: int) -> Weight:
+        """The Weight with stack axis `axis` moved to the front of every field, as `scan` wants it."""
+        written = axis - (self.ndim - len(self.axes))
+        if axis == 0 and written < 0:
+            return self
+        at = sum(c in "sb" for c in self.labels[:axis])
+        moved = {n: jnp.moveaxis(getattr(self, n), at, 0) for n in self.FIELDS if getattr(self, n) is not None}
+        if isinstance(self.base, Weight):
+            base = self.base.stack_first(axis)
+        else:
+            base = jnp.moveaxis(self.base, axis, 0)
+        axes = self.axes if written < 0 else self.axes[:written] + self.axes[written + 1 :]
+        return self.replace(**moved, base=base, axes=axes)
+
+
+@weight
+class Unfrozen(Weight):
+    """A leaf that trains as it is: `params' = value`. `lift` passes the array itself."""
+
+    base: jax.Array
+    axes: str = static("")
+    TRAINABLE = frozenset({"base"})
+
+    def dense(self) -> jax.Array:
+        return self.base
+
+
+def apply(op, x, w) -> jax.Array:
+    """`op` on `x` and a Weight or a plain array: how a Weight uses the one that it holds."""
+    return w.apply(op, x) if isinstance(w, Weight) else op.base(x, w)
+
+
+def dense(w) -> jax.Array:
+    """The dense array of a Weight, or the array itself."""
+    return w.dense() if isinstance(w, Weight) else w
+
+
+def _matrix_order(labels: str) -> list[int]:
+    return [k for group in ("sb", "i", "o") for k, c in enumerate(labels) if c in group]
+
+
+def to_matrix(array: jax.Array, labels: str) -> jax.Array:
+    """An array of the leaf's layout in matrix form `(*stack, *batch, in, out)`."""
+    order = _matrix_order(labels)
+    sizes = {c: math.prod(array.shape[k] for k in range(array.ndim) if labels[k] == c) for c in "io"}
+    lead = [array.shape[k] for k in order if labels[k] in "sb"]
+    return jnp.transpose(array, order).reshape(*lead, sizes["i"], sizes["o"])
+
+
+def from_matrix(matrix: jax.Array, labels: str, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of `to_matrix`: back to the leaf's own axes."""
+    order = _matrix_order(labels)
+    return jnp.transpose(matrix.reshape([shape[k] for k in order]), [order.index(k) for k in range(len(order))])
+
+
+def matrix_sizes(shape: tuple[int, ...], labels: str) -> tuple[tuple[int, ...], int, int]:
+    """`((*stack, *batch), in, out)` of a leaf."""
+    lead = tuple(n for n, c in zip(shape, labels, strict=True) if c in "sb")
+    size = {letter: math.prod(n for n, c in zip(shape, labels, strict=True) if c == letter) for letter in "io"}
+    return lead, size["i"], size["o"]

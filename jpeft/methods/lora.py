@@ -1,0 +1,170 @@
+"""LoRA: low-rank adaptation (Hu et al. 2021, arXiv 2106.09685).
+
+    W' = W + s·A·B,        s = alpha / rank         (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732: alpha / √rank)
+
+with A (*stack, *batch, in, rank) and B (*stack, *batch, rank, out). A starts Kaiming-uniform with a = √5, that is
+U(±1/√in), and B at zero, as in HF PEFT and the authors' code (the paper says Gaussian). For an embedding A starts at
+zero and B from N(0, 1). For a convolution `in` is window × channels: A is a convolution to `rank` channels, B is 1×1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jpeft.core.method import Method
+from jpeft.core.sites import Site
+from jpeft.core.targets import first_match
+from jpeft.core.weight import Weight, apply, dense, from_matrix, matrix_sizes, static, weight
+
+__all__ = ["LoRA", "LowRank"]
+
+
+@weight
+class LowRank(Weight):
+    """`base + scale · a @ b`. The update is never formed but by `dense`.
+
+    Shapes: a (*stack, *batch, in, rank), b (*stack, *batch, rank, out), key (*stack, *batch) or None.
+    """
+
+    base: Any
+    a: Any
+    b: Any
+    key: Any = None
+    axes: str = static()
+    scale: float = static(1.0)
+    dropout: float = static(0.0)
+    freeze_a: bool = static(False)
+
+    FIELDS = {"a": "ir", "b": "ro", "key": ""}
+    TRAINABLE = frozenset({"a", "b"})
+    SLICEABLE = "io"
+
+    def trainable_fields(self) -> frozenset[str]:
+        return frozenset({"b"}) if self.freeze_a else self.TRAINABLE
+
+    def randomized(self, key):
+        outer = super().randomized(key)
+        if not self.dropout:
+            return outer
+        lead = matrix_sizes(self.shape, self.labels)[0]
+        return outer.replace(key=jax.random.split(key, lead) if lead else key)
+
+    def apply(self, op, x):
+        y = apply(op, x, self.base)
+        down, up = (self.b.mT, self.a.mT) if op.transposed else (self.a, self.b)
+        h = op.contract(self._dropped(x), down)
+        return y + op.restore(op.mix(h * jnp.asarray(self.scale, h.dtype), up)).astype(y.dtype)
+
+    def dense(self):
+        update = from_matrix(self._update(), self.labels, self.shape)
+        return (dense(self.base).astype(update.dtype) + update).astype(self.dtype)
+
+    def _update(self):
+        wide = jnp.promote_types(jnp.promote_types(self.a.dtype, self.dtype), jnp.float32)
+        product = jnp.matmul(self.a.astype(wide), self.b.astype(wide), precision="highest")
+        return product * jnp.asarray(self.scale, wide)
+
+    def _dropped(self, x):
+        """Dropout on the input of A; row numbers (an embedding's input) pass."""
+        if self.key is None or not jnp.issubdtype(x.dtype, jnp.inexact):
+            return x
+        key = self.key if self.key.ndim == 0 else self.key.reshape(-1)[0]
+        keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+        return jnp.where(keep, x / jnp.asarray(1 - self.dropout, x.dtype), jnp.zeros_like(x))
+
+
+@dataclass(frozen=True)
+class LoRA(Method):
+    """Low-rank adaptation. Mergeable; exactly the pretrained function at the start.
+
+    Fields:
+        rank, alpha: the update's rank and its scale's numerator.
+        scaling: `"standard"` (alpha / rank) or `"rslora"` (alpha / √rank).
+        dropout: rate on the input of A, on only while `bind` is given a key.
+        init: A's start: `"kaiming"`, `"gaussian"` (std 1/rank), or `"orthogonal"` (A·B = 0 with both nonzero).
+        rank_pattern, alpha_pattern: `{regex: value}` on paths, first match wins.
+        freeze_a: train B alone (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303).
+        dtype: of A and B; by default float32 for bases of 16 bits or fewer, else the base's.
+
+    Raises:
+        ValueError: from the constructor: rank below 1, dropout outside [0, 1), an unknown scaling or init; from
+            `init`: a rank above min(in, out) of a site.
+
+    Example:
+        >>> import jpeft
+        >>> jpeft.LoRA(rank=16, alpha=32, targets=["q_proj", "v_proj"], rank_pattern={"v_proj": 4}).rank
+        16
+    """
+
+    rank: int = 8
+    alpha: float = 8.0
+    scaling: Literal["standard", "rslora"] = "standard"
+    dropout: float = 0.0
+    init_a: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
+    rank_pattern: Any = ()
+    alpha_pattern: Any = ()
+    freeze_a: bool = False
+    dtype: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rank < 1:
+            raise ValueError(f"expected rank >= 1, got rank={self.rank}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"expected 0 <= dropout < 1, got dropout={self.dropout}")
+        for name, known in (("scaling", ("standard", "rslora")), ("init_a", ("kaiming", "gaussian", "orthogonal"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"expected {name} in {known}, got {getattr(self, name)!r}")
+
+    def rank_of(self, path: str) -> int:
+        """The rank at a path, by `rank_pattern`."""
+        return first_match(self.rank_pattern, path, self.rank)
+
+    def scale_of(self, path: str) -> float:
+        """The update's factor at a path."""
+        rank = self.rank_of(path)
+        return first_match(self.alpha_pattern, path, self.alpha) / (rank if self.scaling == "standard" else rank**0.5)
+
+    def check(self, site: Site) -> str | None:
+        _, n_in, n_out = matrix_sizes(site.shape, site.axes)
+        rank = self.rank_of(site.path)
+        if rank > min(n_in, n_out):
+            return (
+                f"rank {rank} is above min(in, out) = min({n_in}, {n_out}); write rank_pattern={{{site.path!r}: ...}}"
+            )
+        if self.init_a == "orthogonal" and (rank % 2 or site.kind == "embedding"):
+            return f"init_a='orthogonal' needs an even rank and no embedding, got rank {rank} on a {site.kind} site"
+        return None
+
+    def wrap(self, key, leaf, site: Site) -> LowRank:
+        lead, n_in, n_out = matrix_sizes(site.shape, site.axes)
+        rank, dtype = self.rank_of(site.path), self._dtype(leaf)
+        a_key, b_key = jax.random.split(key)
+        b = jnp.zeros((*lead, rank, n_out), dtype)
+        if site.kind == "embedding":
+            a, b = jnp.zeros((*lead, n_in, rank), dtype), jax.random.normal(b_key, b.shape, dtype)
+        elif self.init_a == "kaiming":
+            bound = 1 / math.sqrt(n_in)
+            a = jax.random.uniform(a_key, (*lead, n_in, rank), dtype, -bound, bound)
+        elif self.init_a == "gaussian":
+            a = jax.random.normal(a_key, (*lead, n_in, rank), dtype) / rank
+        else:
+            q = jax.random.orthogonal(jax.random.fold_in(key, 2), rank, lead, jnp.float32)
+            left = jax.random.normal(a_key, (*lead, n_in, rank // 2), jnp.float32) @ q[..., 0::2, :] / 10
+            a = left.astype(dtype)
+            b = (q[..., 1::2, :].mT @ jax.random.normal(b_key, (*lead, rank // 2, n_out), jnp.float32) / 10).astype(
+                dtype
+            )
+        axes = site.axes.lstrip("s")
+        scale = self.scale_of(site.path)
+        return LowRank(leaf, a, b, axes=axes, scale=scale, dropout=self.dropout, freeze_a=self.freeze_a)
+
+    def _dtype(self, leaf):
+        if self.dtype is not None:
+            return jnp.dtype(self.dtype)
+        return jnp.promote_types(leaf.dtype, jnp.float32)
