@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 __all__ = ["from_linen", "from_nnx"]
 
 
@@ -21,8 +23,6 @@ def from_linen(module, *inputs, key=None, **keywords) -> tuple[Callable, Any]:
         >>> apply(params, jnp.ones((2, 4))).shape
         (2, 3)
     """
-    import jax
-
     bound = getattr(module, "scope", None) is not None
     module, variables = module.unbind() if bound else (module, {})
     if not bound and inputs:
@@ -49,10 +49,9 @@ def from_nnx(model) -> tuple[Callable, Any]:
     from flax import nnx
 
     graphdef, state, rest = nnx.split(model, nnx.Param, ...)
-    abstract = state
 
     def apply(params, *inputs, **keywords):
-        filled = nnx.State.from_flat_path(abstract.flat_state())
+        filled = jax.tree.map(lambda x: x, state)  # a fresh copy of its structure
         nnx.replace_by_pure_dict(filled, params)
         return nnx.merge(graphdef, filled, rest)(*inputs, **keywords)
 

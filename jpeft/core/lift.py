@@ -195,7 +195,8 @@ class _Interpreter:
             met = f"`{eqn.primitive.name}` at {compat.source_line(eqn)}" if eqn is not None else "the function's result"
             raise DensifyError(
                 f"{value.path!r} holds a {type(value.weight).__name__} of shape {value.weight.shape} and meets {met},\n"
-                f"which would need it dense{': ' + reason if reason else ''}. Expected a product, a convolution or a row lookup.\n"
+                f"which would need it dense{': ' + reason if reason else ''}.\n"
+                "Expected a product, a convolution or a row lookup. "
                 f"To allow a dense copy of this leaf: jpeft.lift(fn, densify={re.escape(value.path)!r}); to leave it "
                 "unadapted, take it out of `targets`."
             )
@@ -208,25 +209,38 @@ class _Interpreter:
     def enter_remat(self, eqn, operands):
         jaxpr, consts = compat.open_jaxpr(eqn.params["jaxpr"])
         arrays, rebuild = _unpack(operands)
-        fn = lambda arrays: [self.settle(v) for v in self.jaxpr(jaxpr, consts, rebuild(arrays))]
+        passed: dict[int, int] = {}
+
+        def fn(arrays):
+            inside = rebuild(arrays)
+            return self.without_passed(self.jaxpr(jaxpr, consts, inside), inside, passed)
+
         remat = jax.checkpoint(fn, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
-        return remat(arrays)
+        return [operands[passed[k]] if k in passed else out for k, out in enumerate(remat(arrays))]
 
     def enter_scan(self, eqn, operands):
         jaxpr, consts = compat.open_jaxpr(eqn.params["jaxpr"])
         n_consts, n_carry = compat.scan_split(eqn)
         fixed, carry = operands[:n_consts], [self.settle(v, eqn) for v in operands[n_consts : n_consts + n_carry]]
-        scanned = [self._scanned(v, eqn) for v in operands[n_consts + n_carry :]]
-        arrays, rebuild = _unpack(scanned)
+        scanned = operands[n_consts + n_carry :]
+        arrays, rebuild = _unpack([self._scanned(v, eqn) for v in scanned])
+        passed: dict[int, int] = {}
 
         def body(carry, arrays):
-            outs = self.jaxpr(jaxpr, consts, [*fixed, *carry, *rebuild(arrays)])
-            outs = [self.settle(v) for v in outs]
-            return outs[:n_carry], outs[n_carry:]
+            slices = rebuild(arrays)
+            outs = self.jaxpr(jaxpr, consts, [*fixed, *carry, *slices])
+            carry = [self.settle(v) for v in outs[:n_carry]]
+            return carry, self.without_passed(outs[n_carry:], slices, passed)
 
         keep = {k: eqn.params[k] for k in ("length", "reverse", "unroll")}
         carry, stacked = lax.scan(body, carry, arrays, **keep)
-        return [*carry, *stacked]
+        return [*carry, *(scanned[passed[k]] if k in passed else out for k, out in enumerate(stacked))]
+
+    def without_passed(self, outs, inside, passed: dict[int, int]) -> list:
+        """`outs` for a transform to return; a View that only passes through is None there, and noted in `passed`."""
+        places = {id(v): k for k, v in enumerate(inside) if isinstance(v, View)}
+        passed.update({k: places[id(v)] for k, v in enumerate(outs) if id(v) in places})
+        return [None if k in passed else self.settle(v) for k, v in enumerate(outs)]
 
     def _scanned(self, value, eqn):
         """A View whose fields all have the scanned axis first, its layout that of one slice."""

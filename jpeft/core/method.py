@@ -32,7 +32,9 @@ class Method:
 
     Class data:
         KINDS: kinds of sites that the method can adapt.
-        NO_OP_AT_START: whether the bound tree computes the pretrained function at first; else WHY_NOT_NO_OP says why.
+        NO_OP_AT_START: whether the bound tree computes the pretrained function at first.
+        FORMS_DENSE_UPDATE: why the forward needs a dense update; empty where it forms none.
+        SMALL: hyperparameters that suit matrices of a few dozen rows, for tests and tables.
     """
 
     targets: Targets = dataclasses.field(default="all-linear", kw_only=True)
@@ -40,6 +42,8 @@ class Method:
 
     KINDS: ClassVar[tuple[str, ...]] = ("dense", "experts", "embedding", "conv")
     NO_OP_AT_START: ClassVar[bool] = True
+    FORMS_DENSE_UPDATE: ClassVar[str] = ""
+    SMALL: ClassVar[dict[str, Any]] = {}
 
     def __post_init__(self):
         for field in dataclasses.fields(self):  # lists and mappings from configuration files, made hashable

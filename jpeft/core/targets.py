@@ -75,7 +75,8 @@ def _nothing(name: str, matched: list[Site], sites: Sites, kinds: Sequence[str])
     words = list(dict.fromkeys(word for path in paths for word in path.split("/")))
     near = difflib.get_close_matches(name.strip("'"), words + list(PRESETS), n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return f"target {name} matches no site{hint}\nthe sites are: {', '.join(paths[:12])}{', ...' if len(paths) > 12 else ''}"
+    known = ", ".join(paths[:12]) + (", ..." if len(paths) > 12 else "")
+    return f"target {name} matches no site{hint}\nthe sites are: {known}"
 
 
 def first_match(patterns: Mapping[str, Any] | Sequence[tuple[str, Any]], path: str, default):

@@ -1,0 +1,212 @@
+"""The laws that every method obeys, on every kind of model. Methods are found, not named."""
+
+import dataclasses
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import MODELS, make_model
+
+import jpeft
+from jpeft.core.weight import Weight
+
+METHODS = {name: cls(**cls.SMALL) for name, cls in jpeft.methods().items()}
+EVERY = [
+    pytest.param(kind, method, id=f"{name}-{kind}", marks=pytest.mark.xdist_group(f"{name}-{kind}"))
+    for name, method in METHODS.items()
+    for kind in MODELS
+]
+law = pytest.mark.parametrize(("kind", "method"), EVERY)
+KEY = jax.random.key(1)
+
+
+def start(kind, method):
+    """The model and the two halves; initialised once a session, under `jit`."""
+    model = make_model(kind)
+    init = lambda key, params: method.init(key, params, model.sites)
+    return model, *init(KEY, model.params)
+
+
+start = functools.cache(start)
+
+
+def moved(trainable, size=0.1):
+    """Trainables away from their start, so that no zero hides a mistake."""
+    leaves, structure = jax.tree.flatten(trainable)
+    rng = np.random.default_rng(0)
+    return jax.tree.unflatten(structure, [x + jnp.asarray(size * rng.normal(size=x.shape), x.dtype) for x in leaves])
+
+
+def close(a, b, tolerance=2e-5):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        scale = max(1.0, float(np.abs(y).max()))
+        np.testing.assert_allclose(x / scale, y / scale, atol=tolerance, rtol=0)
+
+
+def loss_of(model, method, apply=None):
+    def loss(trainable, frozen):
+        out = (apply or jpeft.lift(model.apply))(method.bind(trainable, frozen), *model.inputs)
+        return jnp.mean(jnp.sin(out))
+
+    return loss
+
+
+@functools.cache
+def evidence(kind, method):
+    """Everything that the numerical laws compare, from one compilation."""
+    model, trainable, frozen = start(kind, method)
+    through_merge = lambda bound, *inputs: model.apply(jpeft.merge(bound), *inputs)
+
+    @jax.jit
+    def run(trainable, other, frozen, params):
+        bound = method.bind(other, frozen)
+        return {
+            "pretrained": model.apply(params, *model.inputs),
+            "start": jpeft.lift(model.apply)(method.bind(trainable, frozen), *model.inputs),
+            "lifted": jpeft.lift(model.apply)(bound, *model.inputs),
+            "through merge": through_merge(bound, *model.inputs),
+            "gradients": jax.grad(loss_of(model, method))(other, frozen),
+            "gradients through merge": jax.grad(loss_of(model, method, through_merge))(other, frozen),
+        }
+
+    return run(trainable, moved(trainable), frozen, model.params)
+
+
+@law
+def test_it_starts_at_the_pretrained_function(kind, method):
+    found = evidence(kind, method)
+    assert np.allclose(found["start"], found["pretrained"], atol=1e-5) == method.NO_OP_AT_START
+
+
+@law
+def test_the_lifted_function_equals_the_function_of_the_merged_tree(kind, method):
+    found = evidence(kind, method)
+    close(found["lifted"], found["through merge"])
+    assert not np.allclose(found["lifted"], found["pretrained"], atol=1e-3)
+
+
+@law
+def test_merging_gives_back_structure_shapes_dtypes_and_shardings(kind, method):
+    model, trainable, frozen = start(kind, method)
+    merged = jpeft.merge(method.bind(trainable, frozen))
+    assert jax.tree.structure(merged) == jax.tree.structure(model.params)
+    describe = lambda x: (x.shape, x.dtype, x.sharding, x.weak_type)
+    assert jax.tree.map(describe, merged) == jax.tree.map(describe, model.params)
+
+
+@law
+def test_every_base_array_is_in_exactly_one_half(kind, method):
+    model, trainable, frozen = start(kind, method)
+    halves = jax.tree.leaves(trainable) + jax.tree.leaves(frozen)
+    assert len({id(x) for x in halves}) == len(halves)
+    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    assert size(frozen) <= size(model.params)
+    bound = method.bind(trainable, frozen)
+    assert len(jax.tree.leaves(bound)) == len(halves)
+    mask = jpeft.trainable_mask(bound)
+    assert sum(jax.tree.leaves(mask)) == len(jax.tree.leaves(trainable))
+    assert jax.tree.structure(mask) == jax.tree.structure(bound) == jax.tree.structure(jpeft.labels(bound))
+    assert jpeft.count(bound).trainable == sum(x.size for x in jax.tree.leaves(trainable))
+
+
+@law
+def test_gradients_are_those_through_the_merged_weights(kind, method):
+    _, trainable, _ = start(kind, method)
+    found = evidence(kind, method)
+    assert jax.tree.structure(found["gradients"]) == jax.tree.structure(trainable)
+    assert all(np.isfinite(g).all() and np.any(g != 0) for g in jax.tree.leaves(found["gradients"]))
+    close(found["gradients"], found["gradients through merge"])
+
+
+@law
+def test_transforms_commute_with_init_and_bind(kind, method):
+    model, trainable, frozen = start(kind, method)
+    loss = loss_of(model, method)
+    shapes = jax.eval_shape(lambda key, params: method.init(key, params, model.sites), KEY, model.params)
+    describe = lambda tree: (jax.tree.structure(tree), [(x.shape, x.dtype) for x in jax.tree.leaves(tree)])
+    assert describe(shapes) == describe((trainable, frozen))
+    jitted = jax.jit(lambda key, params: method.init(key, params, model.sites))(KEY, model.params)
+    close(jitted, (trainable, frozen), 1e-6)
+    two = jax.tree.map(lambda a, b: jnp.stack([a, b]), trainable, moved(trainable))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def transforms(two, frozen):
+        each = jnp.stack([loss(jax.tree.map(lambda x, n=n: x[n], two), frozen) for n in range(2)])
+        _, scanned = jax.lax.scan(lambda carry, t: (carry, jax.checkpoint(loss)(t, frozen)), None, two)
+        step = jax.tree.map(lambda x, g: x - 0.1 * g, two, jax.vmap(jax.grad(loss), (0, None))(two, frozen))
+        return each, jax.vmap(loss, in_axes=(0, None))(two, frozen), scanned, step
+
+    each, mapped, scanned, step = transforms(jax.tree.map(jnp.copy, two), frozen)
+    close(mapped, each)
+    close(scanned, each)
+    second = jax.tree.map(lambda x: x[1], step)
+    close(second, jax.tree.map(lambda x, g: x - 0.1 * g, moved(trainable), evidence(kind, method)["gradients"]))
+
+
+@law
+def test_the_compiled_step_forms_no_dense_update(kind, method):
+    if method.FORMS_DENSE_UPDATE:
+        assert method.FORMS_DENSE_UPDATE.strip(), "a method that forms a dense update says why"
+        return
+    model, trainable, frozen = start(kind, method)
+    text = jax.jit(jax.value_and_grad(loss_of(model, method))).lower(trainable, frozen).compile().as_text()
+    trained = {x.shape for x in jax.tree.leaves(trainable)}
+    bound = method.bind(trainable, frozen)
+    weights = [w for w in jax.tree.leaves(bound, is_leaf=lambda x: isinstance(x, Weight)) if isinstance(w, Weight)]
+    for shape in {w.shape for w in weights if len(w.axes) > 1} - trained:
+        for variant in {shape, shape[1:]}:
+            pattern = rf"= f32\[{','.join(map(str, variant))}\]\S* (dot|add|subtract|multiply)\("
+            assert math.prod(variant) < 100 or not re.search(pattern, text), re.search(pattern, text)
+
+
+@law
+def test_a_chain_obeys_the_laws(kind, method):
+    model = make_model(kind)
+    for both in (jpeft.chain(method, jpeft.LoRA(rank=2)), jpeft.chain(jpeft.LoRA(rank=2), method)):
+        try:
+            trainable, frozen = both.init(KEY, model.params, model.sites)
+        except ValueError as refusal:
+            assert "chain" in str(refusal)
+            continue
+        assert len(trainable) == len(both.methods) == 2
+        arrays = jax.tree.leaves(trainable) + jax.tree.leaves(frozen)
+        assert len({id(x) for x in arrays}) == len(arrays)
+        trainable = moved(trainable)
+        bound = both.bind(trainable, frozen)
+
+        @jax.jit
+        def run(trainable, frozen, model=model, both=both):
+            bound = both.bind(trainable, frozen)
+            lifted = jpeft.lift(model.apply)(bound, *model.inputs)
+            return (
+                lifted,
+                model.apply(jpeft.merge(bound), *model.inputs),
+                jax.grad(loss_of(model, both))(trainable, frozen),
+            )
+
+        lifted, merged, grads = run(trainable, frozen)
+        close(lifted, merged, 5e-5)
+        assert jpeft.count(bound).trainable == sum(x.size for x in jax.tree.leaves(trainable))
+        assert all(np.isfinite(g).all() and np.any(g != 0) for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+def test_a_method_is_a_value(method):
+    assert type(method)() == type(method)(), "constructible without arguments, and compares"
+    assert hash(method) == hash(dataclasses.replace(method))
+    assert type(method).__name__ in repr(method)
+    fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    assert type(method)(**fields) == method
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+def test_adding_a_target_does_not_reshuffle_the_others(method):
+    model = make_model("linen-unrolled")
+    one, two = (dataclasses.replace(method, targets=t) for t in (["layer_1/up"], ["layer_1/up", "layer_0/up"]))
+    chosen = [m.init(KEY, model.params, model.sites)[0]["layer_1"]["up"]["kernel"] for m in (one, two)]
+    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, chosen), strict=True))
