@@ -1,0 +1,72 @@
+"""What the commands share: the model of a folder, its tokenizer, its sites, its adapter."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+__all__ = ["folder_of", "load", "sites_of", "with_adapter", "complete", "matched"]
+
+
+def folder_of(model: str | None) -> Path:
+    """The model folder, the embedded one when none is given."""
+    from jpeft import assets
+
+    return Path(model) if model else Path(assets.model_path())
+
+
+def load(folder: Path, dtype: str = "auto", remat: bool = False) -> tuple[Any, Any]:
+    """`(apply, params)` of a folder, computing in `dtype`; "auto" is float32 on a CPU and bfloat16 elsewhere."""
+    import jax
+
+    from jpeft import models
+
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return models.load(folder, dtype=dtype, remat="full" if remat else None)
+
+
+def sites_of(apply, params, length: int = 8):
+    """The sites of the model, found on shapes."""
+    import jax
+    import jax.numpy as jnp
+
+    import jpeft
+
+    return jpeft.find_sites(apply, params, jax.ShapeDtypeStruct((1, length), jnp.int32))
+
+
+def with_adapter(apply, params, adapter: str | None) -> Any:
+    """The tree to run: the base's, or that with the adapter bound."""
+    if adapter is None:
+        return params
+    import jpeft
+    from jpeft.train.adapter import load_adapter
+
+    path = Path(adapter)
+    path = path / "adapter" if (path / "adapter" / "method.json").is_file() else path  # a run's folder will do
+    method, trainable, frozen = load_adapter(path, params, sites_of(apply, params), jpeft.methods())
+    return method.bind(trainable, frozen)
+
+
+def complete(apply, bound, text, prompts: list[list[int]], **options) -> list[str]:
+    """The texts that follow prompts of token ids; options as `generation.generate` has them."""
+    from jpeft import models
+    from jpeft.train.generation import generate
+
+    context = apply.config.max_position_embeddings
+    ids = generate(apply, bound, prompts, functools.partial(models.init_cache, apply), stops=text.stops,
+                   context=context, **options)
+    return [text.decode(row) for row in ids]
+
+
+def matched(method, params, sites) -> tuple[str, int, int]:
+    """`(table, trainable, total)`: what the method matches and how many parameters it trains."""
+    import jax
+
+    import jpeft
+
+    trainable, frozen = jax.eval_shape(lambda p: method.init(jax.random.key(0), p, sites), params)
+    count = jpeft.count(method.bind(trainable, frozen))
+    return str(count), count.trainable, count.total

@@ -1,0 +1,120 @@
+"""`jpeft train`: from a model folder and a JSONL file to an adapter, its curve and its samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+from jpeft.cli import model
+from jpeft.cli.options import build_method, parse
+from jpeft.train.config import TrainConfig
+from jpeft.train.folder import RunFolder
+from jpeft.train.records import Record
+
+__all__ = ["run"]
+
+_EMBEDDED = {"max_steps": 150, "sequence_length": 128, "batch_size": 8}
+"""What `jpeft train` alone runs with, where the user does not say otherwise."""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Check everything that can be checked, show what will be trained, train, and write samples and summary."""
+    config = parse(TrainConfig, arguments, "train")
+    config = _filled(config)
+    config.check()
+    method = build_method(config)
+    folder = RunFolder.plan(config)
+    training, held_out = _records(config)
+
+    from jpeft.train.tokens import Text, encode_records
+
+    source = model.folder_of(config.model)
+    text = Text(source)
+    apply, params = model.load(source, config.dtype, config.remat)
+    length = _length(config, apply.config.max_position_embeddings)
+    examples = encode_records(text, training, length), encode_records(text, held_out, length)
+    sites = model.sites_of(apply, params)
+    table, trainable, total = model.matched(method, params, sites)
+    print(f"{method}\n{table}\n")
+    print(_data_line(examples, length), flush=True)
+
+    from jpeft.train.loop import fit
+
+    result = fit(apply, params, sites, method, *examples, config, length, folder)
+    if not result.finished:
+        print(f"stopped at step {result.steps}; all is saved, and the same command goes on from there")
+        return
+    bound = method.bind(result.trainable, result.frozen)
+    if config.samples:
+        folder.write("samples.md", _samples(apply, params, bound, text, held_out[: config.samples], config))
+    summary = {
+        "heldout_loss_before": result.heldout_loss_before,
+        "heldout_loss_after": result.heldout_loss_after,
+        "trainable": trainable,
+        "total": total,
+        "tokens_per_second": result.tokens_per_second,
+        "steps": result.steps,
+        "method": str(method),
+    }
+    folder.write("summary.json", json.dumps(summary, indent=1))
+    print(f"held-out loss {result.heldout_loss_before:.4f} -> {result.heldout_loss_after:.4f}; adapter, loss.png and "
+          f"samples.md are in {folder.path}")
+
+
+def _filled(config: TrainConfig) -> TrainConfig:
+    """The embedded task's own settings, where neither a model nor data is given and a field is at its default."""
+    if config.model is not None or config.data is not None:
+        return config
+    plain = TrainConfig()
+    wanted = {n: v for n, v in _EMBEDDED.items() if getattr(config, n) == getattr(plain, n)}
+    return dataclasses.replace(config, **wanted)
+
+
+def _records(config: TrainConfig) -> tuple[list[Record], list[Record]]:
+    from jpeft.train.records import from_dicts, read_jsonl, split
+
+    if config.data is None:
+        from jpeft import assets
+
+        return (from_dicts(assets.summaries("train"), "embedded training task"),
+                from_dicts(assets.summaries("validation"), "embedded held-out task"))
+    records = read_jsonl(config.data)
+    if config.validation is not None:
+        return records, read_jsonl(config.validation)
+    return split(records, config.validation_fraction, config.seed)
+
+
+def _length(config: TrainConfig, context: int) -> int:
+    length = config.sequence_length or min(1024, context)
+    if length > context:
+        raise ValueError(f"--sequence-length {length} is beyond the model's context of {context}; give at most that")
+    return length
+
+
+def _data_line(examples, length: int) -> str:
+    cut = [e for part in examples for e in part if e.truncated]
+    note = f"; {len(cut)} of them cut, {sum(e.truncated for e in cut)} tokens in all" if cut else ""
+    return f"{len(examples[0])} records to train on, {len(examples[1])} held out, rows of {length} tokens{note}"
+
+
+def _samples(apply, params, bound, text, records: list[Record], config: TrainConfig) -> str:
+    from jpeft.train.report import samples_table
+
+    context = apply.config.max_position_embeddings
+    shown = []
+    for record in records:
+        if record.messages:
+            last = max(i for i, m in enumerate(record.messages) if m["role"] == "assistant")
+            prompt, wanted = text.chat.render(record.messages[:last], True), record.messages[last]["content"]
+            ids = text.tokenizer.encode(prompt, add_special_tokens=False).ids
+        else:
+            prompt, wanted, ids = record.prompt, record.completion, text.encode_prompt(record.prompt)
+        if 1 <= len(ids) <= context - config.sample_tokens:
+            shown.append((prompt, wanted, ids))
+    if not shown:
+        return "# Held-out prompts\n\nNone of them leaves room for new tokens in the model's context.\n"
+    prompts, wanted, ids = map(list, zip(*shown, strict=True))
+    complete = lambda tree: model.complete(apply, tree, text, ids, new_tokens=config.sample_tokens)
+    before, after = complete(params), complete(bound)
+    return samples_table(prompts, wanted, before, after)

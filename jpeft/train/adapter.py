@@ -1,0 +1,173 @@
+"""An adapter folder: the method as JSON, the trainable arrays as safetensors, and what base they belong to."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.flax import load_file, save_file
+
+from jpeft.core.method import Chain, chain
+from jpeft.core.tree import path_string
+
+__all__ = ["encode_method", "decode_method", "fingerprint", "flatten", "unflatten", "save_adapter", "load_adapter",
+           "read_adapter", "refuse_other_base", "write_text"]
+
+
+def encode_method(method) -> dict[str, Any]:
+    """A method as JSON values: its class's name and its fields; a chain as its methods.
+
+    Raises:
+        ValueError: a field that JSON cannot hold, such as a function for `targets`.
+    """
+    if isinstance(method, Chain):
+        return {"method": "chain", "methods": [encode_method(m) for m in method.methods]}
+    fields = {f.name: _encode(getattr(method, f.name), f.name) for f in dataclasses.fields(method) if f.init}
+    return {"method": type(method).__name__, **fields}
+
+
+def decode_method(saved: Mapping[str, Any], methods: Mapping[str, type]) -> Any:
+    """The method that `encode_method` wrote; `methods` as `jpeft.methods()` gives it."""
+    fields = dict(saved)
+    name = fields.pop("method", None)
+    if name == "chain":
+        return chain(*(decode_method(m, methods) for m in fields["methods"]))
+    if name not in methods:
+        raise ValueError(f"the adapter was made with the method {name!r}; this jpeft has {', '.join(methods)}")
+    known = [f.name for f in dataclasses.fields(methods[name])]
+    unknown = [f for f in fields if f not in known]
+    if unknown:
+        near = {f: difflib.get_close_matches(f, known, n=1) for f in unknown}
+        raise ValueError(f"{name} of this jpeft has no field {unknown}; nearest: {near}")
+    return methods[name](**fields)
+
+
+def fingerprint(params) -> dict[str, Any]:
+    """What tells one base from another: its shapes, and a checksum of some of its values rounded to bfloat16."""
+    leaves = [(path_string(p), x) for p, x in jax.tree_util.tree_leaves_with_path(params)]
+    shapes = {path: list(x.shape) for path, x in leaves}
+    values = 0
+    for path, x in leaves:
+        some = np.asarray(x[(0,) * (x.ndim - 1)][:64] if x.ndim else x)
+        rounded = some.astype(jnp.bfloat16).view(np.uint16) if some.dtype.kind in "fV" else some
+        values = zlib.crc32(path.encode() + rounded.tobytes(), values)
+    return {"shapes": shapes, "values": values}
+
+
+def refuse_other_base(saved: Mapping[str, Any], params, what: str) -> None:
+    """Raise a ValueError that names the differences, unless the saved fingerprint is that of these params."""
+    now = fingerprint(params)
+    if saved == now:
+        return
+    old, new = saved["shapes"], now["shapes"]
+    lines = [f"  {p}: {old.get(p, 'absent')} there, {new.get(p, 'absent')} in this model"
+             for p in sorted(old.keys() | new.keys()) if old.get(p) != new.get(p)]
+    lines = lines[:5] + ([f"  ... and {len(lines) - 5} more"] if len(lines) > 5 else [])
+    lines = lines or ["  the shapes are the same, the values are not"]
+    raise ValueError(f"{what} belongs to another model; give the --model that it was made with\n" + "\n".join(lines))
+
+
+def flatten(tree) -> dict[str, jax.Array]:
+    """`{path: array}` of a tree."""
+    return {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def unflatten(flat: Mapping[str, Any], like, what: str) -> Any:
+    """A tree shaped `like` another with the arrays of `flat`.
+
+    Raises:
+        ValueError: listing every path that is missing, left over, or of another shape or dtype.
+    """
+    paths = [(path_string(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(like)]
+    spec = lambda x: f"{np.dtype(x.dtype).name}{list(x.shape)}"
+    wrong = [f"  {p}: expected {spec(x)}, got {spec(flat[p]) if p in flat else 'nothing'}"
+             for p, x in paths if p not in flat or spec(flat[p]) != spec(x)]
+    wrong += [f"  {p}: not expected" for p in sorted(flat.keys() - {p for p, _ in paths})]
+    if wrong:
+        more = f"\n  ... and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"{what} does not fit this method on this model\n" + "\n".join(wrong[:5]) + more)
+    return jax.tree.unflatten(jax.tree.structure(like), [flat[p] for p, _ in paths])
+
+
+def save_adapter(folder: str | Path, method, trainable, *, base: str, base_fingerprint, seed: int) -> None:
+    """Write `method.json` and `trainable.safetensors`; each file appears whole or not at all.
+
+    `seed` is that of the key given to `method.init`: whatever is frozen and random is made again from it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {path: np.asarray(x) for path, x in flatten(trainable).items()}
+    partial = folder / "trainable.safetensors.partial"
+    save_file({path: jnp.asarray(x) for path, x in arrays.items()}, str(partial))
+    os.replace(partial, folder / "trainable.safetensors")
+    written = {"method": encode_method(method), "base": base, "seed": seed, "fingerprint": base_fingerprint}
+    write_text(folder / "method.json", json.dumps(written, indent=1))
+
+
+def read_adapter(folder: str | Path) -> dict[str, Any]:
+    """The contents of an adapter folder's `method.json`."""
+    path = Path(folder) / "method.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"expected an adapter folder as `jpeft train` writes it, but there is no {path}")
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"method", "base", "seed", "fingerprint"} - saved.keys()
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not what `jpeft train` writes: {error}") from error
+    if missing:
+        raise ValueError(f"{path} is not what `jpeft train` writes: it lacks {sorted(missing)}")
+    return saved
+
+
+def load_adapter(folder: str | Path, params, sites, methods: Mapping[str, type]) -> tuple[Any, Any, Any]:
+    """`(method, trainable, frozen)` of an adapter folder on its base.
+
+    Raises:
+        ValueError: an adapter of another model, an unknown method, or arrays that do not fit.
+        FileNotFoundError: no adapter there.
+    """
+    saved = read_adapter(folder)
+    refuse_other_base(saved["fingerprint"], params, f"the adapter in {folder}")
+    method = decode_method(saved["method"], methods)
+    start, frozen = method.init(jax.random.key(saved["seed"]), params, sites)
+    path = Path(folder) / "trainable.safetensors"
+    arrays = _load_arrays(path, load_file)
+    return method, unflatten(arrays, start, str(path)), frozen
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _load_arrays(path: Path, load: Callable) -> dict[str, jax.Array]:
+    if not path.is_file():
+        raise FileNotFoundError(f"expected the adapter's arrays at {path}, but there is no such file")
+    try:
+        return load(str(path))
+    except Exception as error:  # safetensors raises its own class, which is no ValueError
+        raise ValueError(f"{path} is truncated or not safetensors: {error}") from error
+
+
+def _encode(value, name: str):
+    if isinstance(value, tuple | list):
+        return [_encode(v, name) for v in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    try:
+        return np.dtype(value).name
+    except TypeError:
+        raise ValueError(
+            f"{name}={value!r} cannot be written to a file; use a value that JSON holds, for targets a regex"
+        ) from None

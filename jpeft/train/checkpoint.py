@@ -1,0 +1,77 @@
+"""Checkpoints of a run: state, data position and settings, written by Orbax, restored to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jpeft.train.adapter import flatten, refuse_other_base, unflatten
+from jpeft.train.config import differences
+from jpeft.train.step import State
+
+__all__ = ["Checkpoints"]
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of a run; the newest two are kept.
+
+    Each holds the trainable arrays, the optimizer's state, the step, the data iterator's position, the settings and the
+    base's fingerprint. The random key of a step follows from the settings' seed and the step.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 2):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
+
+    def latest(self) -> int | None:
+        """The newest whole checkpoint's step."""
+        return self._manager.latest_step()
+
+    def save(self, state: State, position: Any, settings: dict, base_fingerprint: dict) -> None:
+        """Write the state after `state.step` steps, unless it is there already."""
+        step = int(state.step)
+        if step == self.latest():
+            return
+        meta = {"position": position, "settings": settings, "fingerprint": base_fingerprint}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(_numbered(state)), meta=ocp.args.JsonSave(meta))
+        self._manager.save(step, args=items, force=True)
+        self._manager.wait_until_finished()
+
+    def restore(self, like: State, settings: dict, params) -> tuple[State, Any]:
+        """`(state, data position)` of the newest checkpoint.
+
+        Raises:
+            ValueError: other settings, another base, or arrays that do not fit, each named.
+        """
+        step = self.latest()
+        where = f"the checkpoint of step {step} in {self._manager.directory}"
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        refuse_other_base(meta["fingerprint"], params, where)
+        changed = differences(meta["settings"], settings)
+        if changed:
+            raise ValueError(
+                f"{where} was made with other settings; give those again, or another --out, or --overwrite to start "
+                "anew\n  " + "\n  ".join(changed)
+            )
+        names = list(flatten(like))
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(jax.tree.map(_struct, _numbered(like))))
+        arrays = self._manager.restore(step, args=arguments).state
+        flat = {name: arrays[f"{i:05d}"] for i, name in enumerate(names)}
+        return unflatten(flat, like, where), meta["position"]
+
+    def close(self) -> None:
+        """Release what Orbax holds."""
+        self._manager.close()
+
+
+def _numbered(state: State) -> dict[str, jax.Array]:
+    # Orbax knows dictionaries, not Weights; numbers, since a path may hold any character.
+    return {f"{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
+
+
+def _struct(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if isinstance(x, jax.Array) else np.asarray(x)

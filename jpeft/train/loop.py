@@ -1,0 +1,164 @@
+"""The training loop: batches in, a run's folder out; stopped at any step, it goes on to the same result."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import signal
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+
+from jpeft.train import data
+from jpeft.train.adapter import fingerprint, save_adapter
+from jpeft.train.checkpoint import Checkpoints
+from jpeft.train.config import TrainConfig
+from jpeft.train.folder import RunFolder
+from jpeft.train.optimizer import adamw, schedule
+from jpeft.train.report import Speed, plot_losses, progress
+from jpeft.train.step import init_state, make_evaluation, make_step
+from jpeft.train.tokens import Example
+
+__all__ = ["Result", "fit", "total_steps"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended. `finished` is False where a signal stopped it; `trainable` and `frozen` bind to the model."""
+
+    finished: bool
+    steps: int
+    heldout_loss_before: float
+    heldout_loss_after: float
+    tokens_per_second: float
+    trainable: object
+    frozen: object
+
+
+def fit(
+    apply: Callable,
+    params,
+    sites,
+    method,
+    training: list[Example],
+    held_out: list[Example],
+    config: TrainConfig,
+    length: int,
+    folder: RunFolder | None = None,
+) -> Result:
+    """Fine-tune `params` by `method`, writing all but the samples and the summary into the run's folder.
+
+    SIGTERM and the first SIGINT save a checkpoint and return; the same call then goes on from there.
+
+    Raises:
+        ValueError: a loss that is not finite (the last good state is saved first), or a folder of another run.
+    """
+    config.check()
+    folder = folder or RunFolder.plan(config)
+    steps = total_steps(config, training, length)
+    rate = schedule(config.learning_rate, steps, config.warmup)
+    tx = method.optimizer(adamw(config.learning_rate, steps, config.warmup, config.weight_decay, config.clip_norm))
+    key = jax.random.key(config.seed)
+    trainable, frozen = method.init(key, params, sites)
+    state = init_state(trainable, tx)
+    step_fn, evaluate = make_step(apply, method, tx, config.accumulation), make_evaluation(apply)
+    held_out_batches = data.fixed_batches(held_out, length, config.batch_size, config.packing)
+    batches = data.batches(training, length, config.batch_size, config.seed, config.packing)
+    settings = {**config.to_dict(), "steps": steps, "training_checksum": _checksum(training)}
+    base = fingerprint(params)
+
+    folder.begin(config)
+    checkpoints = Checkpoints(folder.path / "checkpoints")
+    save = lambda state, position: checkpoints.save(state, position, settings, base)
+    adapter = lambda state: save_adapter(folder.path / "adapter", method, state.trainable,
+                                         base=config.model or "", base_fingerprint=base, seed=config.seed)
+    speed = Speed()
+    with _signals() as stopped, contextlib.closing(checkpoints):
+        if checkpoints.latest() is not None:
+            state, position = checkpoints.restore(state, settings, params)
+            batches.set_state(position)
+            folder.rewind(int(state.step))
+        else:
+            folder.log(step=0, heldout_loss=evaluate(params, held_out_batches))
+            save(state, batches.get_state())
+        done = start = int(state.step)
+        with progress(start, steps, config.log_every, speed) as (update, say):
+            held_out_losses = [m["heldout_loss"] for m in folder.metrics() if "heldout_loss" in m]
+            say(f"held-out loss before: {held_out_losses[0]:.4f}" + (f"; going on from step {done}" if done else ""))
+            while done < steps and not stopped():
+                position, batch = batches.get_state(), next(batches)
+                state, metrics = step_fn(state, frozen, batch, key)
+                loss = float(metrics["loss"])
+                if not metrics["finite"]:
+                    save(state, position)
+                    adapter(state)
+                    raise _not_finite(done + 1, loss, float(metrics["gradient_norm"]), folder)
+                done += 1
+                tokens = int((batch["segment_ids"] > 0).sum())
+                speed.step(tokens)
+                folder.log(step=done, loss=loss, gradient_norm=float(metrics["gradient_norm"]),
+                           learning_rate=float(rate(done - 1)), tokens=tokens)
+                update(done, loss, float(rate(done - 1)))
+                if done == steps or config.evaluate_every and done % config.evaluate_every == 0:
+                    bound = method.bind(state.trainable, frozen)
+                    held_out_losses.append(evaluate(bound, held_out_batches))
+                    folder.log(step=done, heldout_loss=held_out_losses[-1])
+                    say(f"held-out loss after {done} steps: {held_out_losses[-1]:.4f}")
+                    speed.pause()
+                if done % config.save_every == 0 or done == steps:
+                    save(state, batches.get_state())
+                    speed.pause()
+        save(state, batches.get_state())
+    adapter(state)
+    plot_losses(folder.metrics(), folder.path / "loss.png")
+    return Result(done == steps, done, held_out_losses[0], held_out_losses[-1], speed.tokens_per_second,
+                  state.trainable, frozen)
+
+
+def total_steps(config: TrainConfig, training: list[Example], length: int) -> int:
+    """`max_steps`, or as many steps as the epochs take."""
+    if config.max_steps is not None:
+        return config.max_steps
+    rows = data.rows_in_an_epoch(training, length, config.packing)
+    return max(1, math.ceil(config.epochs * rows / config.batch_size))
+
+
+def _not_finite(step: int, loss: float, norm: float, folder: RunFolder) -> ValueError:
+    return ValueError(
+        f"step {step}: the loss is {loss} and the gradient's norm {norm}, which is not finite. The state after step "
+        f"{step - 1} is in {folder.path}/adapter and {folder.path}/checkpoints. Start again in another --out with a "
+        "lower --learning-rate, a longer --warmup, or --dtype float32"
+    )
+
+
+def _checksum(examples: list[Example]) -> int:
+    value = 0
+    for example in examples:
+        value = zlib.crc32(np.concatenate([example.ids, example.learned.astype(np.int32)]).tobytes(), value)
+    return value
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """`stopped()`: whether SIGTERM or SIGINT has come; a second one does what it always did."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = {}
+
+    def handler(number, _):
+        asked.set()
+        signal.signal(number, before[number])
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, handler)
+    try:
+        yield asked.is_set
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
