@@ -1,0 +1,343 @@
+"""Hugging Face model folders: safetensors read straight into sharded arrays, and written back.
+
+What a model's tensors are called is the model's own data, a table of `Tensor`. A leaf of ours is the tensor itself or,
+where the name has a `{}`, the stack over layers; `transpose` turns `(out, in)` into our `(in, out)`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp  # with it ml_dtypes, from which safetensors knows bfloat16
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+__all__ = ["Tensor", "folder", "read", "write"]
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A row of a model's name table: our path, the Hugging Face name (`{}` stands for the layer), how the axes lie."""
+
+    path: str
+    name: str
+    transpose: bool = False
+
+    def names(self, shape: Sequence[int]) -> list[str]:
+        """The tensors that make up a leaf of this shape."""
+        return [self.name.format(k) for k in range(shape[0])] if "{}" in self.name else [self.name]
+
+    def stored_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of each of them."""
+        one = tuple(shape[1:] if "{}" in self.name else shape)
+        return one[::-1] if self.transpose else one
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a safetensors header says of a tensor."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def folder(path: str | Path) -> Path:
+    """The path of a model folder.
+
+    Raises:
+        FileNotFoundError: where there is no such folder.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        came = "a file" if path.exists() else "nothing"
+        raise FileNotFoundError(f"expected a model folder (config.json, safetensors, tokenizer.json), found {came} at {path}")
+    return path
+
+
+def read(path, table: Sequence[Tensor], shapes, *, ignored: Sequence[str] = (), dtype=None, shardings=None):
+    """The tree of `shapes` (nested dictionaries) from a folder's safetensors, each leaf read straight into its shards.
+
+    Args:
+        path: the folder.
+        table: the model's names, for every path in `shapes`.
+        shapes: the tree to fill; dtypes are not read from it.
+        ignored: patterns of tensor names that may be there and are not read.
+        dtype: of all leaves; each as stored where None.
+        shardings: one sharding, or a tree of them; the first device where None.
+
+    Raises:
+        FileNotFoundError: where the folder or one of its files is absent.
+        ValueError: on a truncated file, or tensors that are missing, left over or of another shape or kind, all together.
+    """
+    path = folder(path)
+    stored = _headers(path)
+    leaves = {leaf_path: leaf.shape for leaf_path, leaf in _flat(shapes)}
+    rows = {row.path: row for row in table if row.path in leaves}
+    _check_tensors(path, rows, leaves, stored, ignored)
+    if shardings is None:
+        shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, shapes)
+    placed = dict(_flat(shardings))
+
+    def leaf(leaf_path: str):
+        row, shape = rows[leaf_path], leaves[leaf_path]
+        sources = [stored[name] for name in row.names(shape)]
+        target = dtype or jnp.result_type(*{DTYPES[source.dtype] for source in sources})
+
+        def shard(index) -> np.ndarray:
+            return _read_shard(row, shape, sources, index, np.dtype(target))
+
+        return jax.make_array_from_callback(shape, placed[leaf_path], shard)
+
+    return _unflat(shapes, leaf)
+
+
+def _read_shard(row: Tensor, shape, sources: list[Stored], index, dtype) -> np.ndarray:
+    """The slice `index` of a leaf, filled layer by layer so that only one tensor's slice is held beside it."""
+    index = tuple(slice(*cut.indices(size)) for cut, size in zip(index, shape, strict=True))
+    names = row.names(shape)
+    stacked = "{}" in row.name
+    layers = range(len(names))[index[0]] if stacked else range(1)
+    one = index[1:] if stacked else index
+    inner = one[::-1] if row.transpose else one
+    out = np.empty([len(range(*cut.indices(size))) for cut, size in zip(index, shape, strict=True)], dtype)
+    for k, layer in enumerate(layers):
+        with safetensors.safe_open(sources[layer].file, framework="numpy") as file:
+            block = file.get_slice(names[layer])[inner]
+        (out[k] if stacked else out)[...] = block.T if row.transpose else block
+    return out
+
+
+def _headers(path: Path) -> dict[str, Stored]:
+    """Every tensor of the folder, from the headers of its files."""
+    if (path / SINGLE).exists():
+        files = [path / SINGLE]
+    elif (path / INDEX).exists():
+        names = sorted(set(_json(path / INDEX).get("weight_map", {}).values()))
+        files = [path / name for name in names]
+        if absent := [file.name for file in files if not file.exists()]:
+            raise FileNotFoundError(f"{path / INDEX} names {len(files)} files, of which these are absent: {absent}")
+    else:
+        others = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        hint = f"; found {others}: save the model again as safetensors" if others else ""
+        raise FileNotFoundError(f"expected {SINGLE} or {INDEX} in {path}{hint}")
+    return {name: tensor for file in files for name, tensor in _header(file).items()}
+
+
+def _header(file: Path) -> dict[str, Stored]:
+    """A safetensors file is 8 bytes (the header's length), the header in JSON, the tensors' bytes."""
+    actual = file.stat().st_size
+    with file.open("rb") as stream:
+        start = 8 + int.from_bytes(stream.read(8), "little")
+        if start > actual:
+            raise ValueError(f"{file} is truncated: expected {start} bytes or more, got {actual}; download it again")
+        try:
+            header = json.loads(stream.read(start - 8))
+        except ValueError:
+            raise ValueError(f"expected a safetensors header in {file}, got something else; download it again") from None
+    header.pop("__metadata__", None)
+    expected = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if expected != actual:
+        what = "truncated" if actual < expected else "damaged"
+        raise ValueError(f"{file} is {what}: expected {expected} bytes, got {actual}; download it again")
+    return {name: Stored(file, tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()}
+
+
+def _check_tensors(path, rows, leaves, stored: dict[str, Stored], ignored: Sequence[str]) -> None:
+    if unnamed := sorted(set(leaves) - set(rows)):
+        raise ValueError(f"expected a name for every parameter, the table has none for {unnamed}")
+    expected = {name: rows[p].stored_shape(shape) for p, shape in leaves.items() for name in rows[p].names(shape)}
+    spare = [name for name in stored if name not in expected and not any(re.search(p, name) for p in ignored)]
+    shared = [name for name in expected if name in stored]
+    groups = {
+        "missing": [f"{name} {list(shape)}" for name, shape in expected.items() if name not in stored],
+        "left over": [f"{name} {list(stored[name].shape)}" for name in spare],
+        "of another shape": [
+            f"{name}: expected {list(expected[name])}, got {list(stored[name].shape)}"
+            for name in shared
+            if stored[name].shape != expected[name]
+        ],
+        "of a dtype that is not a plain float": [
+            f"{name}: {stored[name].dtype}" for name in shared if stored[name].dtype not in DTYPES
+        ],
+    }
+    _raise_together(f"the tensors in {path} are not those that its config.json describes", groups)
+
+
+def _raise_together(what: str, groups: dict[str, list[str]], most: int = 8) -> None:
+    """One error for all differences, each group cut to `most` lines."""
+    lines = [what + ":"]
+    for title, found in groups.items():
+        if found:
+            lines += [f"  {len(found)} {title}:", *(f"    {line}" for line in found[:most])]
+            lines += [f"    ... and {len(found) - most} more"] if len(found) > most else []
+    if len(lines) > 1:
+        raise ValueError("\n".join(lines))
+
+
+def write(
+    path,
+    table: Sequence[Tensor],
+    params,
+    shapes,
+    *,
+    config: dict,
+    tokenizer_from: Path | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """A folder that `transformers` loads, written beside its place and renamed: it appears complete or not at all.
+
+    Args:
+        path: the folder to write.
+        table: the model's names.
+        params: nested dictionaries of arrays.
+        shapes: what they should be; dtypes are not read from it.
+        config: the contents of `config.json`; its dtype is replaced by that of the parameters.
+        tokenizer_from: the folder (or a file in it) whose tokenizer files are copied.
+        overwrite: whether an existing folder may be replaced.
+        max_shard_bytes: the largest file to write, one tensor at least.
+
+    Raises:
+        FileExistsError: where `path` exists and `overwrite` is false.
+        ValueError: where `params` differ from `shapes`, all differences together.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not empty; choose another folder or allow it with overwrite=True")
+    leaves, wanted = dict(_flat(params)), dict(_flat(shapes))
+    _check_params(leaves, wanted)
+    pieces = [
+        (name, row, k, leaves[row.path])
+        for row in table
+        if row.path in leaves
+        for k, name in enumerate(row.names(leaves[row.path].shape))
+    ]
+    with _renamed_when_complete(path, overwrite) as temporary:
+        _write_tensors(temporary, pieces, max_shard_bytes)
+        dtype = jnp.result_type(*{leaf.dtype for leaf in leaves.values()}).name
+        config = {k: v for k, v in config.items() if k != "torch_dtype"} | {"dtype": dtype}
+        _write_json(temporary / "config.json", config)
+        if tokenizer_from is not None:
+            source = tokenizer_from if tokenizer_from.is_dir() else tokenizer_from.parent
+            for name in TOKENIZER_FILES:
+                if (source / name).exists():
+                    shutil.copy2(source / name, temporary / name)
+
+
+def _check_params(leaves: dict, wanted: dict) -> None:
+    shape = lambda leaf: list(getattr(leaf, "shape", ()))  # noqa: E731
+    groups = {
+        "missing": [f"{p} {shape(wanted[p])}" for p in wanted if p not in leaves],
+        "left over": [f"{p} {shape(leaves[p])}" for p in leaves if p not in wanted],
+        "of another shape": [
+            f"{p}: expected {shape(wanted[p])}, got {shape(leaves[p])}"
+            for p in wanted
+            if p in leaves and shape(wanted[p]) != shape(leaves[p])
+        ],
+        "not plain arrays (merge adapters with jpeft.merge before saving)": [
+            f"{p}: {type(leaf).__name__}" for p, leaf in leaves.items() if not isinstance(leaf, jax.Array | np.ndarray)
+        ],
+    }
+    _raise_together("the parameters are not those that the config describes", groups)
+
+
+def _write_tensors(path: Path, pieces: list, max_shard_bytes: int) -> None:
+    shards: list[list] = []
+    size = math.inf
+    for piece in pieces:
+        _, row, _, leaf = piece
+        nbytes = math.prod(row.stored_shape(leaf.shape)) * leaf.dtype.itemsize
+        if size + nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(piece)
+        size += nbytes
+    many = len(shards) > 1
+    files = [f"model-{k:05}-of-{len(shards):05}.safetensors" if many else SINGLE for k in range(1, len(shards) + 1)]
+    for file, shard in zip(files, shards, strict=True):
+        tensors = {name: _stored(row, k, leaf) for name, row, k, leaf in shard}
+        save_file(tensors, path / file, metadata={"format": "pt"})
+    if many:
+        total = sum(leaf.nbytes for leaf in {id(leaf): leaf for *_, leaf in pieces}.values())
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name, *_ in shard}
+        _write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _stored(row: Tensor, layer: int, leaf) -> np.ndarray:
+    """One tensor of a leaf as Hugging Face stores it."""
+    one = np.asarray(leaf[layer] if "{}" in row.name else leaf)
+    return np.ascontiguousarray(one.T if row.transpose else one)
+
+
+@contextmanager
+def _renamed_when_complete(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A new folder that takes the place of `path` at the end, and is removed where anything fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        complete = temporary / "new"
+        complete.mkdir()  # with ordinary permissions, which mkdtemp does not give
+        yield complete
+        if overwrite and path.exists():
+            os.rename(path, temporary / "old")
+        os.rename(complete, path)
+    finally:
+        if (temporary / "old").exists() and not path.exists():
+            os.rename(temporary / "old", path)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"expected JSON in {path}: {error}") from None
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _flat(tree, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """`(path, leaf)` of nested dictionaries; whatever is no dictionary is a leaf."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _unflat(like, leaf, prefix: str = ""):
+    """Nested dictionaries shaped as `like`, with `leaf(path)` in the leaves."""
+    return {
+        key: _unflat(value, leaf, f"{prefix}{key}/") if isinstance(value, dict) else leaf(f"{prefix}{key}")
+        for key, value in like.items()
+    }

@@ -1,0 +1,213 @@
+"""What a decoder is made of, read from a Hugging Face `config.json`."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+__all__ = ["DecoderConfig", "Rope", "parse_config", "read_config"]
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and how it is stretched to longer contexts."""
+
+    theta: float = 10_000.0
+    kind: str = "default"  # "default", "linear" or "llama3"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0  # the last three are read by "llama3" only
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder-only transformer of the Llama shape; field names are Hugging Face's where it has the field.
+
+    `windows` holds each layer's sliding window, None for full attention. `dtype` is the compute dtype (None: that of the
+    embedding), `remat` one of `REMAT_NAMES` (None: everything is kept for the backward pass).
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: Rope
+    windows: tuple[int | None, ...]
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    param_dtype: str = "float32"
+    dtype: str | None = None
+    remat: str | None = None
+
+
+# What a family's config.json leaves unsaid, and what it takes from which key.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096},
+    "qwen2": {"qkv_bias": True, "max_position_embeddings": 32_768, "sliding_window": 4096},
+    "qwen3": {"qk_norm": True, "head_dim": 128, "max_position_embeddings": 32_768, "sliding_window": 4096},
+}
+HONOURS = {  # keys that only some families know
+    "attention_bias": ("llama", "qwen3"),
+    "mlp_bias": ("llama",),
+    "use_sliding_window": ("qwen2", "qwen3"),
+    "layer_types": ("qwen2", "qwen3"),
+}
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+REMAT_NAMES = ("full", "dots")  # keep nothing of a layer, or the results of its matrix products
+
+
+def read_config(source: dict | str | Path) -> dict[str, Any]:
+    """The dictionary in a `config.json`, given as such, as its path, or as the path of the folder that holds it.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: where it is not a JSON object.
+    """
+    if isinstance(source, dict):
+        return source
+    path = Path(source)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.exists():
+        raise FileNotFoundError(f"expected a model folder with config.json, or that file, but there is no {path}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"expected JSON in {path}: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"expected a JSON object in {path}, got {type(config).__name__}")
+    return config
+
+
+def parse_config(
+    source: dict | str | Path, *, dtype: Any = None, param_dtype: Any = None, remat: str | None = None
+) -> DecoderConfig:
+    """A `DecoderConfig` from what Hugging Face writes for Llama, Mistral, Qwen2 and Qwen3.
+
+    Raises:
+        ValueError: everything about the config that the decoder would not honour, all together.
+    """
+    given = read_config(source)
+    family = given.get("model_type")
+    if family not in FAMILIES:
+        near = difflib.get_close_matches(str(family), FAMILIES, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"expected model_type to be one of {sorted(FAMILIES)}, got {family!r}{hint}")
+    get = lambda key, default=None: default if given.get(key) is None else given[key]  # noqa: E731
+    if problems := _problems(given, family, remat):
+        raise ValueError("the decoder cannot honour this config:\n  " + "\n  ".join(problems))
+
+    defaults = FAMILIES[family]
+    heads, layers = given["num_attention_heads"], given["num_hidden_layers"]
+    bias = bool(get("attention_bias", False))
+    return DecoderConfig(
+        model_type=family,
+        **{key: int(given[key]) for key in REQUIRED},
+        num_key_value_heads=int(get("num_key_value_heads", defaults.get("num_key_value_heads", heads))),
+        head_dim=int(get("head_dim", defaults.get("head_dim", given["hidden_size"] // heads))),
+        max_position_embeddings=int(get("max_position_embeddings", defaults.get("max_position_embeddings", 2048))),
+        rms_norm_eps=float(get("rms_norm_eps", 1e-6)),
+        rope=_rope(given),
+        windows=_windows(given, family, layers),
+        qkv_bias=defaults.get("qkv_bias", bias),
+        output_bias=bias,
+        mlp_bias=bool(get("mlp_bias", False)),
+        qk_norm=defaults.get("qk_norm", False),
+        tie_word_embeddings=bool(get("tie_word_embeddings", False)),
+        initializer_range=float(get("initializer_range", 0.02)),
+        param_dtype=jnp.dtype(param_dtype or get("dtype") or get("torch_dtype") or "float32").name,
+        dtype=None if dtype is None else jnp.dtype(dtype).name,
+        remat=remat,
+    )
+
+
+def _problems(given: dict, family: str, remat: str | None) -> list[str]:
+    """One line for everything that the decoder would have to ignore or guess."""
+    found = [f"expected {key}, which is absent" for key in REQUIRED if not isinstance(given.get(key), int)]
+    if found:
+        return found
+    say = lambda what, came: found.append(f"expected {what}, got {came}")  # noqa: E731
+    heads = given["num_attention_heads"]
+    kv_heads = given.get("num_key_value_heads") or FAMILIES[family].get("num_key_value_heads", heads)
+    if heads % kv_heads:
+        say(f"num_key_value_heads that divides num_attention_heads={heads}", kv_heads)
+    if (given.get("hidden_act") or "silu") not in ("silu", "swish"):
+        say("hidden_act 'silu'", repr(given["hidden_act"]))
+    if given.get("attention_dropout"):
+        say("attention_dropout 0.0", given["attention_dropout"])
+    if given.get("quantization_config"):
+        method = given["quantization_config"].get("quant_method")
+        say("unquantized weights (quantize them with a jpeft method after loading)", f"quant_method={method!r}")
+    for key, families in HONOURS.items():
+        if given.get(key) and family not in families:
+            say(f"{key} only with model_type {' or '.join(families)}", f"{given[key]} with {family!r}")
+    unknown = set(given.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    if unknown:
+        say("layer_types of 'full_attention' and 'sliding_attention'", sorted(unknown))
+    if given.get("layer_types") and len(given["layer_types"]) != given["num_hidden_layers"]:
+        say(f"{given['num_hidden_layers']} layer_types", len(given["layer_types"]))
+    causal = [name for name in given.get("architectures") or () if not name.endswith("ForCausalLM")]
+    if causal:
+        say("a causal language model (architectures ending in ForCausalLM)", causal)
+    rope = _rope_dict(given)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "llama3") or any(isinstance(v, dict) for v in rope.values()):
+        say("a rope type of 'default', 'linear' or 'llama3', one for all layers", rope)
+    lacking = {
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    }
+    if missing := [key for key in lacking.get(kind, ()) if rope.get(key) is None]:
+        say(f"{missing} in a rope of type {kind!r}", rope)
+    partial = rope.get("partial_rotary_factor") or given.get("partial_rotary_factor") or 1.0
+    if partial != 1.0:
+        say("partial_rotary_factor 1.0", partial)
+    if remat is not None and remat not in REMAT_NAMES:
+        say(f"remat to be None or one of {list(REMAT_NAMES)}", repr(remat))
+    return found
+
+
+def _rope_dict(given: dict) -> dict:
+    """`rope_parameters` of newer configs; `rope_theta` and `rope_scaling` of older ones."""
+    old = {"rope_theta": given.get("rope_theta"), **(given.get("rope_scaling") or {})}
+    new = given.get("rope_parameters") or {}
+    return {key: value for key, value in (old | new).items() if value is not None}
+
+
+def _rope(given: dict) -> Rope:
+    rope = _rope_dict(given)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    read = fields if kind == "llama3" else fields[:1] if kind == "linear" else ()
+    return Rope(float(rope.get("rope_theta", 10_000.0)), kind, **{key: rope[key] for key in read})
+
+
+def _windows(given: dict, family: str, layers: int) -> tuple[int | None, ...]:
+    """Each layer's sliding window. Mistral: one for all; Qwen: the layers from `max_window_layers` on, or `layer_types`."""
+    if family == "llama":
+        return (None,) * layers
+    window = given.get("sliding_window", FAMILIES[family]["sliding_window"])
+    if family == "mistral":
+        return (window,) * layers
+    if not given.get("use_sliding_window"):
+        return (None,) * layers
+    full = given.get("max_window_layers", 28)
+    kinds = given.get("layer_types") or ["sliding_attention" if k >= full else "full_attention" for k in range(layers)]
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
