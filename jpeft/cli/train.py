@@ -47,7 +47,7 @@ def run(arguments: Sequence[str]) -> None:
         return
     bound = method.bind(result.trainable, result.frozen)
     if config.samples:
-        folder.write("samples.md", _samples(apply, params, bound, text, held_out[: config.samples], config))
+        folder.write("samples.md", _samples(apply, params, bound, text, _spread(held_out, config.samples), config))
     summary = {
         "heldout_loss_before": result.heldout_loss_before,
         "heldout_loss_after": result.heldout_loss_after,
@@ -96,6 +96,11 @@ def _data_line(examples, length: int) -> str:
     cut = [e for part in examples for e in part if e.truncated]
     note = f"; {len(cut)} of them cut, {sum(e.truncated for e in cut)} tokens in all" if cut else ""
     return f"{len(examples[0])} records to train on, {len(examples[1])} held out, rows of {length} tokens{note}"
+
+
+def _spread(records: list[Record], count: int) -> list[Record]:
+    """So many records, evenly from the whole list, whose neighbours are alike."""
+    return [records[i * len(records) // count] for i in range(count)] if count < len(records) else records
 
 
 def _samples(apply, params, bound, text, records: list[Record], config: TrainConfig) -> str:

@@ -29,7 +29,9 @@ class State(NamedTuple):
 def init_state(trainable, tx: optax.GradientTransformation) -> State:
     """The state before the first step, on its own buffers, since the step donates them."""
     trainable = jax.tree.map(jnp.copy, trainable)
-    return State(jnp.zeros((), jnp.int32), trainable, tx.init(trainable))
+    state = State(jnp.zeros((), jnp.int32), trainable, tx.init(trainable))
+    # Committed, as the step's results will be beside a loaded model: otherwise the second step compiles again.
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding), state)
 
 
 def loss_sum(apply: Callable, bound, batch: dict[str, jax.Array]) -> jax.Array:
@@ -99,7 +101,7 @@ def make_step(apply: Callable, method, tx: optax.GradientTransformation, accumul
         loss = total / learned
         penalties = jax.grad(penalty)(state.trainable)
         gradients = jax.tree.map(lambda g, p: (g / learned).astype(g.dtype) + p, gradients, penalties)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         updates, optimizer_state = tx.update(gradients, state.optimizer_state, state.trainable)
         new = State(state.step + 1, optax.apply_updates(state.trainable, updates), optimizer_state)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
