@@ -32,7 +32,7 @@ def attention_with_lse(
     A query whose keys are all masked gives the mean of the values, never NaN.
     """
     heads, kv_heads = query.shape[-2], key.shape[-2]
-    grouped = lambda x: _group_heads(x, heads, kv_heads)  # noqa: E731
+    grouped = lambda x: _group_heads(x, heads, kv_heads)
     einsum = partial(jnp.einsum, preferred_element_type=jnp.float32, precision=precision)
 
     split = query.reshape(*query.shape[:-2], kv_heads, heads // kv_heads, query.shape[-1])
@@ -95,7 +95,7 @@ def attention(
         bias: added to the scores; broadcasts to `(*batch, heads, q, kv)`.
         mask: true where a query may attend; broadcasts to `(*batch, heads, q, kv)`.
         is_causal: a query sees the keys up to its own place, the last query the last key.
-        segment_ids: `(*batch, length)` of a self-attention; a query sees the keys of its own segment, and nothing sees 0.
+        segment_ids: `(*batch, length)` of a self-attention; a query sees the keys of its segment, and nothing sees 0.
         scale: of the scores; `head_dim ** -0.5` where None.
         dtype: to compute in, as Flax passes it; that of the inputs where None.
 

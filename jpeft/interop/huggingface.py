@@ -76,7 +76,9 @@ def folder(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         came = "a file" if path.exists() else "nothing"
-        raise FileNotFoundError(f"expected a model folder (config.json, safetensors, tokenizer.json), found {came} at {path}")
+        raise FileNotFoundError(
+            f"expected a model folder (config.json, safetensors, tokenizer.json), found {came} at {path}"
+        )
     return path
 
 
@@ -161,7 +163,9 @@ def _header(file: Path) -> dict[str, Stored]:
         try:
             header = json.loads(stream.read(start - 8))
         except ValueError:
-            raise ValueError(f"expected a safetensors header in {file}, got something else; download it again") from None
+            raise ValueError(
+                f"expected a safetensors header in {file}, got something else; download it again"
+            ) from None
     header.pop("__metadata__", None)
     expected = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if expected != actual:
@@ -253,7 +257,7 @@ def write(
 
 
 def _check_params(leaves: dict, wanted: dict) -> None:
-    shape = lambda leaf: list(getattr(leaf, "shape", ()))  # noqa: E731
+    shape = lambda leaf: list(getattr(leaf, "shape", ()))
     groups = {
         "missing": [f"{p} {shape(wanted[p])}" for p in wanted if p not in leaves],
         "left over": [f"{p} {shape(leaves[p])}" for p in leaves if p not in wanted],

@@ -83,7 +83,9 @@ def _check_inputs(tokens, positions, segment_ids, cache):
     for name, array in (("positions", positions), ("segment_ids", segment_ids)):
         if array is not None and array.shape != tokens.shape:
             raise ValueError(f"expected {name} of the tokens' shape {tokens.shape}, got {array.shape}")
-    if cache is not None and (cache.segment_ids.shape[0] != len(tokens) or cache.segment_ids.shape[1] < tokens.shape[1]):
+    if cache is not None and (
+        cache.segment_ids.shape[0] != len(tokens) or cache.segment_ids.shape[1] < tokens.shape[1]
+    ):
         rows, slots = cache.segment_ids.shape
         raise ValueError(
             f"expected a cache for {tokens.shape[0]} rows of {tokens.shape[1]} tokens or more, got one for {rows} rows "

@@ -109,7 +109,7 @@ def parse_config(
         near = difflib.get_close_matches(str(family), FAMILIES, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"expected model_type to be one of {sorted(FAMILIES)}, got {family!r}{hint}")
-    get = lambda key, default=None: default if given.get(key) is None else given[key]  # noqa: E731
+    get = lambda key, default=None: default if given.get(key) is None else given[key]
     if problems := _problems(given, family, remat):
         raise ValueError("the decoder cannot honour this config:\n  " + "\n  ".join(problems))
 
@@ -142,7 +142,7 @@ def _problems(given: dict, family: str, remat: str | None) -> list[str]:
     found = [f"expected {key}, which is absent" for key in REQUIRED if not isinstance(given.get(key), int)]
     if found:
         return found
-    say = lambda what, came: found.append(f"expected {what}, got {came}")  # noqa: E731
+    say = lambda what, came: found.append(f"expected {what}, got {came}")
     heads = given["num_attention_heads"]
     kv_heads = given.get("num_key_value_heads") or FAMILIES[family].get("num_key_value_heads", heads)
     if heads % kv_heads:
@@ -210,4 +210,3 @@ def _windows(given: dict, family: str, layers: int) -> tuple[int | None, ...]:
     full = given.get("max_window_layers", 28)
     kinds = given.get("layer_types") or ["sliding_attention" if k >= full else "full_attention" for k in range(layers)]
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-

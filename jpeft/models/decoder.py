@@ -69,7 +69,7 @@ class Cache:
     def empty(cls, config: DecoderConfig, batch: int, slots: int, dtype=None) -> Cache:
         shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_dim)
         dtype = dtype or config.dtype or config.param_dtype
-        zeros = lambda *shape: jnp.zeros(shape, jnp.int32)  # noqa: E731
+        zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), zeros(batch, slots), zeros())
 
 
@@ -156,7 +156,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Array, positions: Array, mask: Array, store) -> tuple[Array, tuple]:
         """x `(batch, t, features)`, mask `(batch, 1, t, s)`; `store(k, v)` gives the keys and values of all `s` slots."""
-        heads = lambda y: y.reshape(*y.shape[:2], -1, self.config.head_dim)  # noqa: E731
+        heads = lambda y: y.reshape(*y.shape[:2], -1, self.config.head_dim)
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -230,7 +230,7 @@ class Decoder(nnx.Module):
         def layer(x, scanned):
             weights, window, slots = scanned
             seen_here = mask if window is None else mask & (age < window)
-            store = lambda k, v: (k, v) if slots is None else (_write(slots[0], k, start), _write(slots[1], v, start))  # noqa: E731
+            store = lambda k, v: (k, v) if slots is None else (_write(slots[0], k, start), _write(slots[1], v, start))
             x, stored = nnx.merge(graph, weights)(x, positions, seen_here[:, None], store)
             return x, None if slots is None else stored
 
