@@ -13,6 +13,7 @@ from conftest import MODELS, make_model
 
 import jpeft
 from jpeft.core.weight import Weight
+from jpeft.train import adapter
 
 METHODS = {name: cls(**cls.SMALL) for name, cls in jpeft.methods().items()}
 EVERY = [
@@ -193,6 +194,21 @@ def test_a_chain_obeys_the_laws(kind, method):
         close(lifted, merged, 5e-5)
         assert jpeft.count(bound).trainable == sum(x.size for x in jax.tree.leaves(trainable))
         assert all(np.isfinite(g).all() and np.any(g != 0) for g in jax.tree.leaves(grads))
+
+
+@law
+def test_saving_and_loading_is_exact(kind, method, tmp_path):
+    model = make_model(kind)
+    trainable, frozen = method.init(jax.random.key(7), model.params, model.sites)
+    trainable = moved(trainable)
+    mark = adapter.fingerprint(model.params)
+    adapter.save_adapter(tmp_path, method, trainable, base="here", base_fingerprint=mark, seed=7)
+    loaded = adapter.load_adapter(tmp_path, model.params, model.sites, jpeft.methods())
+    assert loaded[0] == method
+    assert jax.tree.structure(loaded[1:]) == jax.tree.structure((trainable, frozen))
+    for ours, theirs in zip(jax.tree.leaves(loaded[1:]), jax.tree.leaves((trainable, frozen)), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert np.array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
