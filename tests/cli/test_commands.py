@@ -60,11 +60,11 @@ def test_a_finished_run_is_kept_and_its_config_runs_again(run_folder, tmp_path, 
 
 
 def test_generate_with_and_without_the_adapter(tiny, run_folder, capsys):
-    for extra in ((), ("--adapter", run_folder), ("--adapter", run_folder / "adapter", "--temperature", 1.0), ("--chat",)):
+    adapter = ("--adapter", run_folder / "adapter", "--temperature", 1.0)
+    for extra in ((), ("--adapter", run_folder), adapter, ("--chat",)):
         ok("generate", "--model", tiny, "--prompt", "3 + 1 =", "--max-tokens", 3, *extra)
     assert len(capsys.readouterr().out) > 4
-    said = refused(capsys, "generate", "--model", tiny, "--prompt", "x" * 80)
-    assert "prompt 0 has 81 tokens; expected 1 to 0" in said or "has 81 tokens" in said
+    assert "prompt 0 has 81 tokens" in refused(capsys, "generate", "--model", tiny, "--prompt", "x" * 80)
 
 
 def test_merge_writes_a_model_with_the_same_logits(tiny, run_folder, tmp_path, capsys):
@@ -93,7 +93,8 @@ def test_inspect_shows_sites_and_counts(tiny, capsys):
 
 
 def test_chat_data_and_other_fields_of_the_method(tiny, tmp_path):
-    rows = [{"messages": [{"role": "user", "content": str(i)}, {"role": "assistant", "content": "x"}]} for i in range(6)]
+    turns = lambda i: [{"role": "user", "content": str(i)}, {"role": "assistant", "content": "x"}]
+    rows = [{"messages": turns(i)} for i in range(6)]
     data = tmp_path / "chat.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
     ok("train", "--model", tiny, "--data", data, *TRAIN, "--set", "scaling=rslora", "--set", "rank_pattern={q_proj: 1}",
