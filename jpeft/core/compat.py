@@ -12,7 +12,17 @@ import jax
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-__all__ = ["Literal", "bind", "context", "scan_split", "open_jaxpr", "source_line", "trace", "trace_context"]
+__all__ = [
+    "Literal",
+    "bind",
+    "context",
+    "scan_split",
+    "open_jaxpr",
+    "shard_map_parameters",
+    "source_line",
+    "trace",
+    "trace_context",
+]
 
 
 def trace(fn, *args) -> tuple[Any, list[Any], Any]:
@@ -35,6 +45,13 @@ def scan_split(eqn: JaxprEqn) -> tuple[int, int]:
         consts, carry, _ = eqn.params["ft_in"].unpack()
         return len(consts.vals), len(carry.vals)
     return eqn.params["num_consts"], eqn.params["num_carry"]
+
+
+def shard_map_parameters(eqn: JaxprEqn) -> tuple[list[Any], dict[str, Any]]:
+    """A shard_map's specs of its operands, and the other keywords of `jax.shard_map` that make it again."""
+    params = eqn.params
+    options = {"mesh": params["mesh"], "out_specs": list(params["out_specs"]), "check_vma": params["check_vma"]}
+    return list(params["in_specs"]), {**options, "axis_names": params["newly_manual_axes"]}
 
 
 def context(eqn: JaxprEqn):

@@ -7,9 +7,12 @@ evaluated, and an equation that consumes a Weight asks that Weight what to do. `
 from __future__ import annotations
 
 import functools
+import math
 import re
+import types
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -18,6 +21,7 @@ from jax import lax
 
 from jpeft.core import compat, ops
 from jpeft.core.layout import Layout
+from jpeft.core.shards import field_specs
 from jpeft.core.tree import path_string
 from jpeft.core.weight import Unfrozen, Weight
 
@@ -33,8 +37,8 @@ def lift(fn: Callable, densify: str | None = None) -> Callable:
 
     Equals `fn(merge(params'), *inputs)`, without a dense copy of any adapted matrix. Products, grouped products,
     convolutions and row lookups compute on the Weight; transposes, reshapes, casts and slices stay lazy; `scan`,
-    `remat`, `jit`, `cond`, `while` are entered. Vectors may become dense freely. The trace is kept by tree structure
-    and shapes, so that a second call is no retrace.
+    `remat`, `jit`, `cond`, `while`, `shard_map` are entered. Vectors may become dense freely. The trace is kept by tree
+    structure and shapes, so that a second call is no retrace.
 
     Args:
         fn: any pure function; Weights may stand anywhere in its arguments.
@@ -52,15 +56,7 @@ def lift(fn: Callable, densify: str | None = None) -> Callable:
         >>> jpeft.lift(apply)(method.bind(*halves), x).shape
         (2, 3)
     """
-    try:
-        return _lift(fn, densify)
-    except TypeError:  # an unhashable callable has no place in a cache
-        return _lift.__wrapped__(fn, densify)
-
-
-@functools.lru_cache(maxsize=256)
-def _lift(fn: Callable, densify: str | None) -> Callable:
-    traces: dict[Any, tuple] = {}
+    traces = _traces_of(fn)
     pattern = re.compile(densify) if densify is not None else None
 
     @functools.wraps(fn)
@@ -72,6 +68,7 @@ def _lift(fn: Callable, densify: str | None) -> Callable:
             return fn(*args, **kwargs)
         dynamic = [_is_weight(leaf) or isinstance(leaf, (jax.Array, np.ndarray, np.generic)) for leaf in leaves]
         static = tuple(None if d else leaf for leaf, d in zip(leaves, dynamic, strict=True))
+        told_apart = tuple((type(x), repr(x) if isinstance(x, (float, complex)) else x) for x in static)  # 1, 1.0, -0.0
         inputs = [leaf for leaf, d in zip(leaves, dynamic, strict=True) if d]
         abstract = [jax.ShapeDtypeStruct(x.shape, x.dtype) if _is_weight(x) else x for x in inputs]
 
@@ -82,7 +79,7 @@ def _lift(fn: Callable, densify: str | None) -> Callable:
             return fn(*args, **kwargs)
 
         kinds = tuple(_kind(x) for x in inputs)
-        key = (structure, tuple(dynamic), static, kinds, compat.trace_context())
+        key = (structure, tuple(dynamic), told_apart, kinds, compat.trace_context())
         try:
             kept = traces.get(key)
         except TypeError:  # a static argument that cannot be hashed
@@ -98,6 +95,18 @@ def _lift(fn: Callable, densify: str | None) -> Callable:
         return jax.tree.unflatten(out_structure, [run.settle(v) for v in run.jaxpr(jaxpr, consts, values)])
 
     return lifted
+
+
+_TRACES: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()
+
+
+def _traces_of(fn: Callable) -> dict[Any, tuple]:
+    """The kept traces of one function, forgotten with it: what it closes over (a tracer, say) is not kept alive."""
+    owner, part = (fn.__self__, fn.__func__) if isinstance(fn, types.MethodType) else (fn, None)
+    try:
+        return _TRACES.setdefault(owner, {}).setdefault(part, {})
+    except TypeError:  # neither hashable nor weakly referable
+        return {}
 
 
 def _is_weight(x) -> bool:
@@ -142,6 +151,23 @@ class View:
             layout = Layout(tuple(cuts), self.layout.axes)
         return View(weight, layout, self.dtype, self.path)
 
+    def shards(self, entries, sizes: dict[str, int]) -> tuple[Weight, Layout]:
+        """How each field is split where view axis k is split over the mesh axes `entries[k]`, and one shard's layout.
+
+        Raises:
+            ValueError: a split axis is no whole axis of the leaf, or one that the fields do not show.
+        """
+        cuts, split = list(self.layout.cuts), [None] * len(self.layout.cuts)
+        for axis, names in enumerate(entries):
+            if not names:
+                continue
+            base_axis = self.layout.base_axis(axis)
+            if base_axis is None or len(cuts[base_axis]) != 1:
+                raise ValueError(f"axis {axis} is split over the mesh after it was merged or cut")
+            count = math.prod(sizes[n] for n in ((names,) if isinstance(names, str) else names))
+            cuts[base_axis], split[base_axis] = (cuts[base_axis][0] // count,), names
+        return field_specs(self.weight, split), Layout(tuple(cuts), self.layout.axes)
+
     def op_arguments(self) -> tuple:
         return self.layout, self.weight.labels, self.dtype
 
@@ -172,7 +198,7 @@ class _Interpreter:
     def equation(self, eqn, operands) -> list:
         name = eqn.primitive.name
         if name in _LAZY and (view := _LAZY[name](operands[0], eqn, operands[1:])) is not None:
-            return [view]
+            return view if isinstance(view, list) else [view]
         if name in _OPS:
             return self.operation(eqn, operands)
         if name in _ENTERED:
@@ -190,7 +216,7 @@ class _Interpreter:
         """A value as an array: a vector, or a matrix that the caller allowed, becomes dense; others are refused."""
         if not isinstance(value, View):
             return value
-        matrix = sum(c != "s" for c in value.weight.labels) > 1
+        matrix = sum(c != "s" and n != 1 for c, n in zip(value.weight.labels, value.weight.shape, strict=True)) > 1
         if matrix and not (self.densify and self.densify.search(value.path)):
             met = f"`{eqn.primitive.name}` at {compat.source_line(eqn)}" if eqn is not None else "the function's result"
             raise DensifyError(
@@ -252,6 +278,26 @@ class _Interpreter:
         layout = value.layout.squeeze([0]).without(axis)
         return View(value.weight.stack_first(axis), layout, value.dtype, value.path)
 
+    def enter_shard_map(self, eqn, operands):
+        jaxpr, consts = compat.open_jaxpr(eqn.params["jaxpr"])
+        in_specs, options = compat.shard_map_parameters(eqn)
+        locals_, specs = list(operands), list(in_specs)
+        for k, value in enumerate(operands):
+            if isinstance(value, View):
+                try:
+                    specs[k], layout = value.shards(tuple(in_specs[k]), dict(options["mesh"].shape))
+                except ValueError as reason:
+                    operands[k] = locals_[k] = self.settle(value, eqn, str(reason))
+                else:
+                    locals_[k] = value.through(layout)
+        arrays, _ = _unpack(operands)
+        _, rebuild = _unpack(locals_)
+
+        def fn(arrays):
+            return [self.settle(v) for v in self.jaxpr(jaxpr, consts, rebuild(arrays))]
+
+        return jax.shard_map(fn, in_specs=(specs,), **options)(arrays)
+
     def enter_cond(self, eqn, operands):
         index, *rest = operands
         branches = [compat.open_jaxpr(b) for b in eqn.params["branches"]]
@@ -295,7 +341,11 @@ def _reshape(view, eqn, _):
 
 
 def _squeeze(view, eqn, _):
-    for axis in sorted((d % len(view.layout.axes) for d in eqn.params["dimensions"]), reverse=True):
+    return _squeezed(view, eqn.params["dimensions"])
+
+
+def _squeezed(view, dims):
+    for axis in sorted((d % len(view.layout.axes) for d in dims), reverse=True):
         base_axis = view.layout.base_axis(axis)
         if base_axis is not None and view.weight.labels[base_axis] in "sb":
             view = view.cut(axis, lambda a, k: a.squeeze(k), drop=True)
@@ -322,7 +372,36 @@ def _dynamic_slice(view, eqn, starts):
     return view
 
 
+def _expand(view, eqn, _):
+    """New axes of size one; a true broadcast is not lazy."""
+    shape, dims = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    kept = tuple(shape[d] for d in dims) == view.layout.shape and math.prod(shape) == math.prod(view.layout.shape)
+    return view.through(view.layout.reshape(shape)) if kept else None
+
+
+def _split(view, eqn, _):
+    axis, ends = eqn.params["axis"], np.cumsum(eqn.params["sizes"])
+    return _pieces(
+        view, axis, [(int(end) - int(n), int(end)) for n, end in zip(eqn.params["sizes"], ends, strict=True)]
+    )
+
+
+def _unstack(view, eqn, _):
+    axis = eqn.params["axis"]
+    pieces = _pieces(view, axis, [(n, n + 1) for n in range(view.layout.shape[axis])])
+    return pieces and [_squeezed(piece, [axis]) for piece in pieces]
+
+
+def _pieces(view, axis: int, bounds) -> list[View] | None:
+    """The view cut along an axis; None where it cannot be."""
+    pieces = [view.cut(axis, lambda a, k, b=b: lax.slice_in_dim(a, *b, axis=k)) for b in bounds]
+    return None if None in pieces else pieces
+
+
 _LAZY: dict[str, Callable] = {
+    "broadcast_in_dim": _expand,
+    "split": _split,
+    "unstack": _unstack,
     "transpose": lambda view, eqn, _: view.through(view.layout.transpose(eqn.params["permutation"])),
     "reshape": _reshape,
     "convert_element_type": _cast,
@@ -333,7 +412,8 @@ _LAZY: dict[str, Callable] = {
     "copy": lambda view, eqn, _: view,
     "copy_p": lambda view, eqn, _: view,
     "name": lambda view, eqn, _: view,
-    "stop_gradient": lambda view, eqn, _: view,
+    "stop_gradient": lambda view, eqn, _: replace(view, weight=jax.tree.map(lax.stop_gradient, view.weight)),
+    "pvary": lambda view, eqn, _: view,  # inserted again where the fields are used
 }
 
 
@@ -386,4 +466,5 @@ _ENTERED = {
     "scan": "scan",
     "cond": "cond",
     "while": "while",
+    "shard_map": "shard_map",
 }
