@@ -136,6 +136,10 @@ class Dot(_Op):
 
     def mix(self, h, m):
         m = self._cast(h, m)
+        if m.ndim - 2 > len(self._w_batch):  # a stack or batch axis of size one that a reshape has hidden
+            shown = {self.layout.base_axis(a) for a in self._w_batch}
+            lead = [k for k, c in enumerate(self.labels) if c in "sb"]
+            m = m.squeeze([n for n, k in enumerate(lead) if k not in shown])
         batch = tuple(range(m.ndim - 2))
         dims = (((h.ndim - 1,), (m.ndim - 2,)), (batch, batch))
         return lax.dot_general(h, m, dims, precision=self.params.get("precision"))
@@ -194,14 +198,22 @@ class RaggedDot(_Op):
 
 @dataclass(frozen=True)
 class Gather(_Op):
-    """`gather` of whole rows, an embedding: x holds row numbers `(..., 1)`."""
+    """`gather` of whole rows, an embedding: x holds row numbers `(..., 1)`.
+
+    A mapped lookup of one row gives the starts of all axes `(..., axes)`, clamped; those of whole axes say nothing.
+    """
 
     def __post_init__(self):
         numbers = self.params["dimension_numbers"]
-        shape = self.layout.shape
-        one = tuple(numbers.collapsed_slice_dims)
-        rows = len(one) == 1 and tuple(numbers.start_index_map) == one and not numbers.operand_batching_dims
-        if not rows or tuple(self.params["slice_sizes"]) != tuple(1 if k in one else n for k, n in enumerate(shape)):
+        shape, sizes, starts = self.layout.shape, tuple(self.params["slice_sizes"]), tuple(numbers.start_index_map)
+        one = tuple(numbers.collapsed_slice_dims) or tuple(k for k, n in enumerate(sizes) if n != shape[k])
+        rows = len(one) == 1 and one[0] in starts and not numbers.operand_batching_dims
+        clamped = self.params["mode"] in (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+        if (
+            not rows
+            or sizes != tuple(1 if k in one else n for k, n in enumerate(shape))
+            or not (starts == one or clamped)
+        ):
             raise NotAnOp("only a lookup of whole rows is known")
         object.__setattr__(self, "_row_axis", one[0])
         self.transposed  # noqa: B018  checks that this is an op
@@ -216,6 +228,9 @@ class Gather(_Op):
         return lax.gather(self._dense(array), x, **self.params)
 
     def contract(self, x, m):
+        starts = tuple(self.params["dimension_numbers"].start_index_map)
+        place = starts.index(self._row_axis)  # type: ignore[attr-defined]
+        x = lax.slice_in_dim(x, place, place + 1, axis=-1)
         numbers = lax.GatherDimensionNumbers((x.ndim - 1,), (0,), (0,))
         keep = {k: v for k, v in self.params.items() if k not in ("dimension_numbers", "slice_sizes")}
         return lax.gather(m.astype(self.dtype), x, numbers, slice_sizes=(1, m.shape[-1]), **keep)
@@ -226,6 +241,9 @@ class Gather(_Op):
     def restore(self, y):
         free = [a for a in range(len(self.layout.axes)) if a != self._row_axis]  # type: ignore[attr-defined]
         y = self._split_out(y, free, "i" if self.transposed else "o")
+        if not self.params["dimension_numbers"].collapsed_slice_dims:
+            y = jnp.expand_dims(y, y.ndim - len(free) + self._row_axis)  # type: ignore[attr-defined]
+            free.append(self._row_axis)  # type: ignore[attr-defined]
         source = tuple(range(y.ndim - len(free), y.ndim))
         return jnp.moveaxis(y, source, self.params["dimension_numbers"].offset_dims)
 

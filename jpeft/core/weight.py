@@ -150,12 +150,16 @@ class Weight:
 class Unfrozen(Weight):
     """A leaf that trains as it is: `params' = value`. `lift` passes the array itself."""
 
-    base: jax.Array
+    base: Any
     axes: str = static("")
     TRAINABLE = frozenset({"base"})
+    SLICEABLE = "io"
+
+    def apply(self, op, x) -> jax.Array:
+        return apply(op, x, self.base)
 
     def dense(self) -> jax.Array:
-        return self.base
+        return dense(self.base)
 
 
 def apply(op, x, w) -> jax.Array:
