@@ -29,7 +29,8 @@ class Site:
         kind: `dense`, `embedding`, `conv`, `experts`, `scale`, `bias` or `other`.
         shape, dtype: the leaf's.
         axes: one letter per axis: `i` contracted, `o` output, `b` batch (experts), `s` stacked (scanned layers).
-        calls: how often one application of the function uses it.
+        calls: how often one application of the function uses it: in a `cond` the branch that uses it most, in a `while`
+            one turn, as their number is not known.
         flops: floating-point operations of those uses (a multiply-add counts two).
         head: whether it maps to a vocabulary (as many outputs as an embedding has rows).
         line: where in the model's code.
@@ -116,7 +117,10 @@ def find_sites(fn: Callable, params, *inputs, **keywords) -> Sites:
     tracer = _Tracer()
     seen = [_Leaf.of(path, x) for path, x in zip(paths, arrays, strict=True)]
     tracer.jaxpr(jaxpr, seen + [None] * (len(jaxpr.invars) - len(seen)), times=1)
-    return Sites(_mark_heads(tracer.sites()))
+    if not tracer.found:
+        some = ", ".join(paths[:5]) or "an empty tree"
+        raise ValueError(f"the function uses none of its parameters ({some}); expected fn(params, *inputs)")
+    return Sites(_mark_heads(tracer.sites(), list(tracer.last)))
 
 
 @dataclass(frozen=True)
@@ -163,12 +167,17 @@ class _Leaf:
 class _Tracer:
     def __init__(self):
         self.found: dict[tuple[str, str, str], Site] = {}
+        self.last: dict[str, None] = {}  # paths in the order of their last use
+        self.devices = 1  # that run the same equation, inside a shard_map
 
     def sites(self) -> list[Site]:
         return list(self.found.values())
 
     def record(self, leaf: _Leaf, kind: str, axes: str | None, times: int, flops: int, eqn) -> None:
         axes = axes if axes is not None else "?" * len(leaf.shape)
+        self.last.pop(leaf.path, None)
+        self.last[leaf.path] = None
+        flops *= self.devices
         key = (leaf.path, kind, axes)
         if key in self.found:
             old = self.found[key]
@@ -194,8 +203,9 @@ class _Tracer:
         if name in _VIEWS and operands[0] is not None:
             view = _VIEWS[name](operands[0], eqn)
             if view is not None:
-                return [view]
-        if name in _USES:
+                return view if isinstance(view, list) else [view]
+        in_shape = all(v is None or v.layout.shape == a.aval.shape for a, v in zip(eqn.invars, operands, strict=True))
+        if name in _USES and in_shape:
             return _USES[name](self, eqn, operands, times) or []
         return self.elementwise(eqn, operands, times)
 
@@ -248,7 +258,27 @@ def _resize(leaf, shape):
     return leaf.through(Layout(tuple(cuts), leaf.layout.axes))
 
 
+def _expand(leaf, eqn):
+    """New axes of size one; a true broadcast is no view."""
+    shape, dims = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    kept = tuple(shape[d] for d in dims) == leaf.layout.shape and math.prod(shape) == math.prod(leaf.layout.shape)
+    return leaf.through(leaf.layout.reshape(shape)) if kept and not leaf.vector else None
+
+
+def _split(leaf, eqn):
+    pieces = [_resize(leaf, atom.aval.shape) for atom in eqn.outvars]
+    return None if leaf.vector or None in pieces else pieces
+
+
+def _unstack(leaf, eqn):
+    layer = None if leaf.vector else leaf.without(eqn.params["axis"])
+    return layer and [layer] * len(eqn.outvars)
+
+
 _VIEWS: dict[str, Callable] = {
+    "broadcast_in_dim": _expand,
+    "split": _split,
+    "unstack": _unstack,
     "transpose": _transpose,
     "reshape": _reshape,
     "squeeze": _squeeze,
@@ -263,6 +293,7 @@ _VIEWS: dict[str, Callable] = {
             "name",
             "stop_gradient",
             "optimization_barrier",
+            "pvary",
         ),
         lambda leaf, eqn: leaf,
     ),
@@ -294,8 +325,10 @@ def _ragged(tracer, eqn, operands, times):
 def _gather(tracer, eqn, operands, times):
     leaf = operands[0]
     if leaf is not None:
-        numbers = eqn.params["dimension_numbers"]
-        tracer.record(leaf, "embedding", leaf.letters(tuple(numbers.start_index_map)), times, 0, eqn)
+        numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+        whole = {k for k, n in enumerate(leaf.layout.shape) if sizes[k] == n} - {*numbers.collapsed_slice_dims}
+        axes = leaf.letters(tuple(k for k in numbers.start_index_map if k not in whole))
+        tracer.record(leaf, "embedding" if axes and "o" in axes else "other", axes, times, 0, eqn)
 
 
 def _conv(tracer, eqn, operands, times):
@@ -334,9 +367,26 @@ def _scan(tracer, eqn, operands, times):
 
 
 def _cond(tracer, eqn, operands, times):
+    """One branch runs: of each use the branch that has the most of it."""
+    before, most = dict(tracer.found), dict(tracer.found)
     for branch in eqn.params["branches"]:
         jaxpr, _ = compat.open_jaxpr(branch)
+        tracer.found = dict(before)
         tracer.jaxpr(jaxpr, operands[1:], times)
+        for key, site in tracer.found.items():
+            most[key] = max(site, most.get(key, site), key=lambda s: (s.calls, s.flops))
+    tracer.found = most
+    return [None] * len(eqn.outvars)
+
+
+def _shard_map(tracer, eqn, operands, times):
+    jaxpr, _ = compat.open_jaxpr(eqn.params["jaxpr"])
+    _, options = compat.shard_map_parameters(eqn)
+    shards = [leaf and _resize(leaf, atom.aval.shape) for leaf, atom in zip(operands, jaxpr.invars, strict=True)]
+    outside = tracer.devices
+    tracer.devices *= math.prod(dict(options["mesh"].shape)[name] for name in options["axis_names"])
+    tracer.jaxpr(jaxpr, shards, times)
+    tracer.devices = outside
     return [None] * len(eqn.outvars)
 
 
@@ -349,18 +399,28 @@ def _while(tracer, eqn, operands, times):
 
 
 _CALLS: dict[str, Callable] = {
-    **dict.fromkeys(("jit", "pjit", "closed_call", "remat2", "checkpoint", "remat", "shard_map"), _call("jaxpr")),
+    **dict.fromkeys(("jit", "pjit", "closed_call", "remat2", "checkpoint", "remat"), _call("jaxpr")),
     **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), _call("call_jaxpr")),
     "scan": _scan,
     "cond": _cond,
     "while": _while,
+    "shard_map": _shard_map,
 }
 
 
-def _mark_heads(sites: list[Site]) -> tuple[Site, ...]:
-    """A dense site outside any stack with as many outputs as an embedding has rows is a vocabulary head."""
+def _mark_heads(sites: list[Site], last: list[str]) -> tuple[Site, ...]:
+    """A dense site outside any stack with as many outputs as an embedding has rows, and with nothing after it but
+    biases, is a vocabulary head. A projection may have as many outputs as there are positions; a norm follows it."""
     rows = {_size(s, "i") for s in sites if s.kind == "embedding"}
-    is_head = lambda s: s.kind == "dense" and "s" not in s.axes and _size(s, "o") in rows
+    may_be = {s.path for s in sites if s.kind == "dense" and "s" not in s.axes and _size(s, "o") in rows}
+    biases = {s.path for s in sites if s.kind == "bias"}
+    at_the_end = set()
+    for path in reversed(last):
+        if path in may_be:
+            at_the_end.add(path)
+        elif path not in biases:
+            break
+    is_head = lambda s: s.kind == "dense" and s.path in at_the_end and _size(s, "o") in rows
     return tuple(replace(s, head=True) if is_head(s) else s for s in sites)
 
 
