@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp  # with it ml_dtypes, from which safetensors knows bfloat16
@@ -95,7 +96,8 @@ def read(path, table: Sequence[Tensor], shapes, *, ignored: Sequence[str] = (), 
 
     Raises:
         FileNotFoundError: where the folder or one of its files is absent.
-        ValueError: on a truncated file, or tensors that are missing, left over or of another shape or kind, all together.
+        ValueError: on a truncated file, or tensors that are missing, left over or of another shape or kind, all
+            together.
     """
     path = folder(path)
     stored = _headers(path)
@@ -330,7 +332,7 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _flat(tree, prefix: str = "") -> Iterator[tuple[str, object]]:
+def _flat(tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """`(path, leaf)` of nested dictionaries; whatever is no dictionary is a leaf."""
     for key, value in tree.items():
         if isinstance(value, dict):

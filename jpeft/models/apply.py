@@ -24,9 +24,9 @@ class Apply:
     """The pure function of a decoder: `apply(params, tokens) -> logits`. It compares and hashes by its config.
 
     Tokens are `(batch, length)` integers and logits `(batch, length, vocabulary)` in float32. Packed batches give
-    `segment_ids (batch, length)`: a token sees the earlier ones of its own segment, 0 is padding. `positions` default to
-    the places within segments. With a `cache` (see `init_cache`) a call appends its tokens and returns `(logits, cache)`;
-    each row is then one sequence and `segment_ids` only marks padding, on either side.
+    `segment_ids (batch, length)`: a token sees the earlier ones of its own segment, 0 is padding. `positions` default
+    to the places within segments. With a `cache` (see `init_cache`) a call appends its tokens and returns `(logits,
+    cache)`; each row is then one sequence and `segment_ids` only marks padding, on either side.
 
     >>> import jax, jax.numpy as jnp, jpeft.models
     >>> config = dict(model_type="llama", vocab_size=32, hidden_size=16, intermediate_size=24,
@@ -100,7 +100,8 @@ def abstract(source, *, dtype=None, param_dtype=None, remat: str | None = None) 
         source: a Hugging Face config as a dictionary, its `config.json`, or the folder that holds it.
         dtype: to compute in; that of the parameters where None.
         param_dtype: of the shapes; the config's where None.
-        remat: what the backward pass computes again: None (nothing), "full" (each layer), "dots" (all but the matrix products).
+        remat: what the backward pass computes again: None (nothing), "full" (each layer), "dots" (all but the
+            products with kernels).
 
     Raises:
         ValueError: everything about the config that this model would have to ignore.
@@ -111,7 +112,7 @@ def abstract(source, *, dtype=None, param_dtype=None, remat: str | None = None) 
 
 
 def init(key: Array, source, *, dtype=None, param_dtype=None, remat: str | None = None) -> tuple[Apply, dict]:
-    """`(apply, params)` with random parameters, normal with the config's `initializer_range`. Arguments as `abstract`."""
+    """`(apply, params)` with random parameters, normal with the config's `initializer_range`; else as `abstract`."""
     apply, _ = abstract(source, dtype=dtype, param_dtype=param_dtype, remat=remat)
     return apply, _random(apply.config, key)
 
@@ -153,13 +154,13 @@ def load(
         dtype: to compute in; that of the parameters where None.
         param_dtype: of the parameters; each as stored where None.
         remat: as in `abstract`.
-        shardings: one `jax.sharding.Sharding` for all leaves, or a tree of them shaped like the parameters (as `abstract`
-            gives them); the first device where None.
+        shardings: one `jax.sharding.Sharding` for all leaves, or a tree of them shaped like the parameters (as
+            `abstract` gives them); the first device where None.
 
     Raises:
         FileNotFoundError: where the folder, its config or one of its files is absent.
-        ValueError: on a config that the model would not honour, a truncated file, or tensors that are missing, left over or
-            of another shape, all together.
+        ValueError: on a config that the model would not honour, a truncated file, or tensors that are missing, left
+            over or of another shape, all together.
     """
     apply, shapes = abstract(huggingface.folder(path), dtype=dtype, param_dtype=param_dtype, remat=remat)
     params = huggingface.read(

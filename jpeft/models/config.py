@@ -29,8 +29,8 @@ class Rope:
 class DecoderConfig:
     """A decoder-only transformer of the Llama shape; field names are Hugging Face's where it has the field.
 
-    `windows` holds each layer's sliding window, None for full attention. `dtype` is the compute dtype (None: that of the
-    embedding), `remat` one of `REMAT_NAMES` (None: everything is kept for the backward pass).
+    `windows` holds each layer's sliding window, None for full attention. `dtype` is the compute dtype (None: that of
+    the embedding), `remat` one of `REMAT_NAMES` (None: everything is kept for the backward pass).
     """
 
     model_type: str
@@ -109,7 +109,10 @@ def parse_config(
         near = difflib.get_close_matches(str(family), FAMILIES, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"expected model_type to be one of {sorted(FAMILIES)}, got {family!r}{hint}")
-    get = lambda key, default=None: default if given.get(key) is None else given[key]
+
+    def get(key: str, default: Any = None) -> Any:
+        return default if given.get(key) is None else given[key]
+
     if problems := _problems(given, family, remat):
         raise ValueError("the decoder cannot honour this config:\n  " + "\n  ".join(problems))
 
@@ -199,7 +202,7 @@ def _rope(given: dict) -> Rope:
 
 
 def _windows(given: dict, family: str, layers: int) -> tuple[int | None, ...]:
-    """Each layer's sliding window. Mistral: one for all; Qwen: the layers from `max_window_layers` on, or `layer_types`."""
+    """Each layer's sliding window: Mistral's is one for all, Qwen's by `layer_types` or from `max_window_layers` on."""
     if family == "llama":
         return (None,) * layers
     window = given.get("sliding_window", FAMILIES[family]["sliding_window"])

@@ -55,9 +55,9 @@ REMAT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_s
 class Cache:
     """Keys and values of the tokens seen so far, in slots `[0, index)`.
 
-    `keys`, `values` `(layers, batch, slots, kv_heads, head_dim)`; `segment_ids (batch, slots)`, 0 where a slot is empty
-    or holds padding; `index ()` the next free slot. Writing past the last slot makes the hidden states NaN: silence would
-    be a wrong text.
+    `keys`, `values` `(layers, batch, slots, kv_heads, head_dim)`; `segment_ids (batch, slots)`, 0 where a slot is
+    empty or holds padding; `index ()` the next free slot. Writing past the last slot makes the hidden states NaN:
+    silence would be a wrong text.
     """
 
     keys: Array
@@ -134,7 +134,7 @@ def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 
 
 def rotate(x: Array, positions: Array, frequencies: np.ndarray) -> Array:
-    """`(a, b) -> (a cos - b sin, b cos + a sin)` on the halves `a`, `b` of each head; x `(batch, t, heads, head_dim)`."""
+    """`(a, b) -> (a cos - b sin, b cos + a sin)` on the halves of each head; x `(batch, t, heads, head_dim)`."""
     angle = positions[:, :, None, None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -155,7 +155,7 @@ class Attention(nnx.Module):
         self.config = config
 
     def __call__(self, x: Array, positions: Array, mask: Array, store) -> tuple[Array, tuple]:
-        """x `(batch, t, features)`, mask `(batch, 1, t, s)`; `store(k, v)` gives the keys and values of all `s` slots."""
+        """x `(batch, t, features)`, mask `(batch, 1, t, s)`; `store(k, v)` gives keys and values of all `s` slots."""
         heads = lambda y: y.reshape(*y.shape[:2], -1, self.config.head_dim)
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
         if self.config.qk_norm:
@@ -242,7 +242,7 @@ class Decoder(nnx.Module):
         if cache is None:
             return x, None
         end = start + tokens.shape[1]
-        return jnp.where(end <= seen.shape[1], x, jnp.nan), Cache(*slots, seen, end)
+        return jnp.where(end <= seen.shape[1], x, jnp.nan), Cache(slots[0], slots[1], seen, end)
 
     def logits(self, hidden: Array) -> Array:
         """`(..., features) -> (..., vocabulary)` in float32."""
@@ -251,7 +251,7 @@ class Decoder(nnx.Module):
         return jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
-def _write(slots: Array, new: Array, start: Array) -> Array:
+def _write(slots: Array, new: Array, start: Array | int) -> Array:
     """`slots (batch, s, ...)` with `new (batch, t, ...)` in the slots from `start` on."""
     return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis=1)
 

@@ -11,9 +11,9 @@ def _model(family):
     return random_model(FAMILIES[family])
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
+@pytest.fixture(scope="session", params=["llama3", "mistral", "qwen2-window", "qwen3"])
 def decoder(request):
-    """`(apply, params)` of each family in turn."""
+    """`(apply, params)` of families that between them have every feature."""
     return _model(request.param)
 
 
