@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import MODELS, make_model
+from small_models import MODELS, make_model
 
 import jpeft
 from jpeft.core.weight import Weight
@@ -28,7 +28,7 @@ KEY = jax.random.key(1)
 def start(kind, method):
     """The model and the two halves; initialised once a session, under `jit`."""
     model = make_model(kind)
-    init = lambda key, params: method.init(key, params, model.sites)
+    init = jax.jit(lambda key, params: method.init(key, params, model.sites))
     return model, *init(KEY, model.params)
 
 
@@ -131,8 +131,7 @@ def test_transforms_commute_with_init_and_bind(kind, method):
     shapes = jax.eval_shape(lambda key, params: method.init(key, params, model.sites), KEY, model.params)
     describe = lambda tree: (jax.tree.structure(tree), [(x.shape, x.dtype) for x in jax.tree.leaves(tree)])
     assert describe(shapes) == describe((trainable, frozen))
-    jitted = jax.jit(lambda key, params: method.init(key, params, model.sites))(KEY, model.params)
-    close(jitted, (trainable, frozen), 1e-6)
+    close(method.init(KEY, model.params, model.sites), (trainable, frozen), 1e-6)
     two = jax.tree.map(lambda a, b: jnp.stack([a, b]), trainable, moved(trainable))
 
     @functools.partial(jax.jit, donate_argnums=0)

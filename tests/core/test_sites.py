@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import LAYERS, VOCABULARY, WIDTH, make_model
 from flax import linen as nn
 from flax import nnx
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from small_models import LAYERS, VOCABULARY, WIDTH, make_model
 
 import jpeft
 
