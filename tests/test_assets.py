@@ -1,14 +1,17 @@
 """The embedded default: a complete, small model folder, and a task that never shares a module between its splits."""
 
 import json
+import math
 import re
 
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import safetensors.numpy
 import tokenizers
 
-from jpeft import assets
+from jpeft import assets, models
 from jpeft.assets import docstrings
 
 
@@ -105,6 +108,14 @@ def test_weights_are_those_of_the_config():
     assert layers == set(range(config["num_hidden_layers"])) and "lm_head.weight" not in weights
     assert {str(weight.dtype) for weight in weights.values()} == {"bfloat16"}
     assert all(np.isfinite(weight.astype(np.float32)).all() for weight in weights.values())
+
+
+def test_the_model_has_learned_unseen_documentation(tokenizer):
+    apply, params = models.load(assets.model_path(), param_dtype="float32")
+    text = next(text for text in docstrings.documents("validation") if text.startswith("module threading\n"))
+    tokens = jnp.array([tokenizer.encode(text).ids[:257]])
+    losses = optax.softmax_cross_entropy_with_integer_labels(apply(params, tokens[:, :-1]), tokens[:, 1:])
+    assert losses.mean() < 5.5 < math.log(tokenizer.get_vocab_size())
 
 
 def test_tokenizer_round_trip(tokenizer, summaries):
