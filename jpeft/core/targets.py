@@ -38,7 +38,11 @@ def select(sites: Sites, targets: Targets, kinds: Sequence[str]) -> dict[str, Si
     if callable(targets):
         wanted = [("the predicate", targets)]
     else:
-        names = [targets] if isinstance(targets, str) else list(targets)
+        names = list(targets) if isinstance(targets, (list, tuple)) else [targets]
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(
+                f"expected targets as a string, a list of strings or a predicate on sites, got {targets!r}"
+            )
         if not names:
             raise ValueError("expected at least one target, got an empty list; write targets='all-linear' or a regex")
         wanted = [(repr(name), PRESETS.get(name) or _searcher(name)) for name in names]
@@ -70,6 +74,8 @@ def _searcher(pattern: str) -> Callable[[Site], bool]:
 def _nothing(name: str, matched: list[Site], sites: Sites, kinds: Sequence[str]) -> str:
     if matched:
         found = ", ".join(sorted({f"{s.path} ({s.kind})" for s in matched})[:5])
+        if any(s.kind in kinds for s in matched):
+            return f"target {name} matches only {found}, used in more ways at once than axes have letters; leave it out"
         return f"target {name} matches only {found}; expected a site of kind {', '.join(kinds)}"
     paths = list(dict.fromkeys(s.path for s in sites if s.kind in kinds))
     words = list(dict.fromkeys(word for path in paths for word in path.split("/")))

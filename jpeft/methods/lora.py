@@ -10,6 +10,7 @@ zero and B from N(0, 1). For a convolution `in` is window × channels: A is a co
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -86,14 +87,14 @@ class LoRA(Method):
         rank, alpha: the update's rank and its scale's numerator.
         scaling: `"standard"` (alpha / rank) or `"rslora"` (alpha / √rank).
         dropout: rate on the input of A, on only while `bind` is given a key.
-        init: A's start: `"kaiming"`, `"gaussian"` (std 1/rank), or `"orthogonal"` (A·B = 0 with both nonzero).
-        rank_pattern, alpha_pattern: `{regex: value}` on paths, first match wins.
+        init_a: A's start: `"kaiming"`, `"gaussian"` (std 1/rank), or `"orthogonal"` (A·B = 0 with both nonzero).
+        rank_pattern, alpha_pattern: `{regex: value}` on paths, first match wins; each must match an adapted site.
         freeze_a: train B alone (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303).
         dtype: of A and B; by default float32 for bases of 16 bits or fewer, else the base's.
 
     Raises:
-        ValueError: from the constructor: rank below 1, dropout outside [0, 1), an unknown scaling or init; from
-            `init`: a rank above min(in, out) of a site.
+        ValueError: from the constructor: a rank below 1, dropout outside [0, 1), an unknown scaling, init_a or dtype;
+            from `init`: a rank above min(in, out) of a site, a pattern that matches no adapted site.
 
     Example:
         >>> import jpeft
@@ -113,13 +114,31 @@ class LoRA(Method):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.rank < 1:
-            raise ValueError(f"expected rank >= 1, got rank={self.rank}")
+        for rank in (self.rank, *(value for _, value in self.rank_pattern)):
+            if not isinstance(rank, int) or rank < 1:
+                raise ValueError(f"expected a whole rank >= 1, got {rank=} in rank={self.rank}, {self.rank_pattern=}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"expected 0 <= dropout < 1, got dropout={self.dropout}")
         for name, known in (("scaling", ("standard", "rslora")), ("init_a", ("kaiming", "gaussian", "orthogonal"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"expected {name} in {known}, got {getattr(self, name)!r}")
+
+        if self.dtype is not None:
+            try:
+                object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
+            except TypeError as error:
+                raise ValueError(f"expected dtype as 'float32' or 'bfloat16', got {self.dtype!r}") from error
+
+    def chosen(self, sites):
+        chosen = super().chosen(sites)
+        for name in ("rank_pattern", "alpha_pattern"):
+            unmatched = [p for p, _ in getattr(self, name) if not any(re.search(p, path) for path in chosen)]
+            if unmatched:
+                raise ValueError(
+                    f"{name} has {', '.join(map(repr, unmatched))}, found in no adapted path; these are adapted: "
+                    f"{', '.join(list(chosen)[:8])}{', ...' if len(chosen) > 8 else ''}"
+                )
+        return chosen
 
     def rank_of(self, path: str) -> int:
         """The rank at a path, by `rank_pattern`."""
