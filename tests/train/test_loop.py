@@ -56,9 +56,15 @@ def test_a_run_learns_and_writes_what_it_should(model, tmp_path, capsys):
     assert "held-out loss before" in printed and "step 10/30" in printed and "tokens/s" in printed
 
 
-@pytest.mark.parametrize("at", [1, 3, 4])
-def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(model, tmp_path, monkeypatch, at):
-    whole = run(model, config(tmp_path / "whole"))
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    """`(folder, result)` of a run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    return folder, run(model, config(folder))
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(model, whole, tmp_path, monkeypatch, at):
     steps = []
     seen = RunFolder.log
 
@@ -74,16 +80,14 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(model, tmp_path
     monkeypatch.undo()
     resumed = run(model, config(tmp_path / "parts", resume=True))
     assert resumed.finished
-    for path, array in flatten(whole.trainable).items():
+    for path, array in flatten(whole[1].trainable).items():
         np.testing.assert_array_equal(flatten(resumed.trainable)[path], array)
     for name in ("metrics.jsonl", "adapter/trainable.safetensors"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+        assert (whole[0] / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_killed_run_goes_back_to_its_checkpoint(model, tmp_path, monkeypatch):
-    whole = run(model, config(tmp_path / "whole"))
-
+def test_a_killed_run_goes_back_to_its_checkpoint(model, whole, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
@@ -99,13 +103,12 @@ def test_a_killed_run_goes_back_to_its_checkpoint(model, tmp_path, monkeypatch):
         run(model, config(tmp_path / "parts"))
     monkeypatch.undo()
     resumed = run(model, config(tmp_path / "parts"))
-    jax.tree.map(np.testing.assert_array_equal, resumed.trainable, whole.trainable)
-    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "parts/metrics.jsonl").read_bytes()
+    jax.tree.map(np.testing.assert_array_equal, resumed.trainable, whole[1].trainable)
+    assert (whole[0] / "metrics.jsonl").read_bytes() == (tmp_path / "parts/metrics.jsonl").read_bytes()
 
 
-def test_other_settings_data_or_base_are_not_resumed(model, tmp_path):
-    out = tmp_path / "a"
-    run(model, config(out))
+def test_other_settings_data_or_base_are_not_resumed(model, whole):
+    out = whole[0]
     with pytest.raises(ValueError, match=r"learning_rate: 0.01 -> 0.02"):
         run(model, config(out, learning_rate=0.02))
     with pytest.raises(ValueError, match="training_checksum"):
