@@ -239,9 +239,9 @@ class Decoder(nnx.Module):
         slots = None if cache is None else (cache.keys, cache.values)
         x, slots = jax.lax.scan(layer, x, (weights, windows, slots))
         x = self.norm(x)
-        if cache is None:
+        if cache is None or slots is None:
             return x, None
-        end = start + tokens.shape[1]
+        end = cache.index + tokens.shape[1]
         return jnp.where(end <= seen.shape[1], x, jnp.nan), Cache(slots[0], slots[1], seen, end)
 
     def logits(self, hidden: Array) -> Array:
