@@ -52,5 +52,15 @@ def run(arguments: Sequence[str]) -> None:
         ids = text.tokenizer.encode(rendered, add_special_tokens=False).ids
     else:
         ids = text.encode_prompt(config.prompt)
-    print(*model.complete(apply, bound, text, [ids], new_tokens=config.max_tokens, temperature=config.temperature,
-                          top_p=config.top_p, seed=config.seed))
+    print(
+        *model.complete(
+            apply,
+            bound,
+            text,
+            [ids],
+            new_tokens=config.max_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            seed=config.seed,
+        )
+    )

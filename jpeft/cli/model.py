@@ -56,8 +56,9 @@ def complete(apply, bound, text, prompts: list[list[int]], **options) -> list[st
     from jpeft.train.generation import generate
 
     context = apply.config.max_position_embeddings
-    ids = generate(apply, bound, prompts, functools.partial(models.init_cache, apply), stops=text.stops,
-                   context=context, **options)
+    ids = generate(
+        apply, bound, prompts, functools.partial(models.init_cache, apply), stops=text.stops, context=context, **options
+    )
     return [text.decode(row) for row in ids]
 
 

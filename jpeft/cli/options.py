@@ -26,9 +26,11 @@ class UserError(Exception):
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
     """Turn this package's own ValueError and OSError into a UserError; those of other packages are bugs and pass."""
+    from jpeft.core.lift import DensifyError
+
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, DensifyError) as error:
         frames = traceback.extract_tb(error.__traceback__)
         package = str(Path(__file__).parent.parent)
         if isinstance(error, ValueError) and not frames[-1].filename.startswith(package):
@@ -77,8 +79,10 @@ def build_method(options: Any) -> Any:
     kind = kinds.get(options.method.lower())
     if kind is None:
         names = [k.__name__ for k in kinds.values()]
-        raise UserError(f"there is no method {options.method!r}{_nearest(options.method.lower(), kinds)}\n"
-                        f"the methods are: {', '.join(names)}")
+        raise UserError(
+            f"there is no method {options.method!r}{_nearest(options.method.lower(), kinds)}\n"
+            f"the methods are: {', '.join(names)}"
+        )
     fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
     given = {name: getattr(options, name) for name in _COMMON if getattr(options, name) is not None}
     for pair in options.set:
@@ -111,10 +115,17 @@ def _checked(name: str, text: str, field: dataclasses.Field | None, kind: type) 
             value = float(value)
     numbers = (int, float)
     fits = (
-        default is dataclasses.MISSING or default is None or value is None or isinstance(value, type(default))
-        or isinstance(default, float) and isinstance(value, numbers) and not isinstance(value, bool)
-        or isinstance(default, tuple) and isinstance(value, list | dict | str)
-        or isinstance(default, str) and isinstance(value, list)
+        default is dataclasses.MISSING
+        or default is None
+        or value is None
+        or isinstance(value, type(default))
+        or isinstance(default, float)
+        and isinstance(value, numbers)
+        and not isinstance(value, bool)
+        or isinstance(default, tuple)
+        and isinstance(value, list | dict | str)
+        or isinstance(default, str)
+        and isinstance(value, list)
     )
     if not fits or isinstance(default, numbers) and isinstance(value, bool) != isinstance(default, bool):
         raise UserError(f"{kind.__name__}.{name} expects a {type(default).__name__} such as {default!r}, got {value!r}")

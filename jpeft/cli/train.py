@@ -58,8 +58,10 @@ def run(arguments: Sequence[str]) -> None:
         "method": str(method),
     }
     folder.write("summary.json", json.dumps(summary, indent=1))
-    print(f"held-out loss {result.heldout_loss_before:.4f} -> {result.heldout_loss_after:.4f}; adapter, loss.png and "
-          f"samples.md are in {folder.path}")
+    print(
+        f"held-out loss {result.heldout_loss_before:.4f} -> {result.heldout_loss_after:.4f}; adapter, loss.png and "
+        f"samples.md are in {folder.path}"
+    )
 
 
 def _filled(config: TrainConfig) -> TrainConfig:
@@ -77,8 +79,10 @@ def _records(config: TrainConfig) -> tuple[list[Record], list[Record]]:
     if config.data is None:
         from jpeft import assets
 
-        return (from_dicts(assets.summaries("train"), "embedded training task"),
-                from_dicts(assets.summaries("validation"), "embedded held-out task"))
+        return (
+            from_dicts(assets.summaries("train"), "embedded training task"),
+            from_dicts(assets.summaries("validation"), "embedded held-out task"),
+        )
     records = read_jsonl(config.data)
     if config.validation is not None:
         return records, read_jsonl(config.validation)

@@ -34,9 +34,8 @@ def trace(fn, *args) -> tuple[Any, list[Any], Any]:
 
 def open_jaxpr(jaxpr) -> tuple[Jaxpr, list[Any]]:
     """An equation's sub-jaxpr and its constants: JAX 0.10 keeps two classes, JAX 0.12 has merged them."""
-    if isinstance(jaxpr, ClosedJaxpr) and hasattr(jaxpr, "jaxpr"):
-        return jaxpr.jaxpr, list(jaxpr.consts)
-    return jaxpr, []
+    inner: Any = getattr(jaxpr, "jaxpr", jaxpr) if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    return inner, list(jaxpr.consts) if inner is not jaxpr else []
 
 
 def scan_split(eqn: JaxprEqn) -> tuple[int, int]:

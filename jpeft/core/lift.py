@@ -157,7 +157,8 @@ class View:
         Raises:
             ValueError: a split axis is no whole axis of the leaf, or one that the fields do not show.
         """
-        cuts, split = list(self.layout.cuts), [None] * len(self.layout.cuts)
+        cuts = list(self.layout.cuts)
+        split: list[Any] = [None] * len(cuts)
         for axis, names in enumerate(entries):
             if not names:
                 continue
@@ -168,7 +169,7 @@ class View:
             cuts[base_axis], split[base_axis] = (cuts[base_axis][0] // count,), names
         return field_specs(self.weight, split), Layout(tuple(cuts), self.layout.axes)
 
-    def op_arguments(self) -> tuple:
+    def op_arguments(self) -> tuple[Layout, str, Any]:
         return self.layout, self.weight.labels, self.dtype
 
     def dense(self) -> jax.Array:
@@ -430,28 +431,28 @@ def _one_view(operands) -> tuple[View, int]:
 def _dot(eqn, operands):
     view, side = _one_view(operands)
     x = operands[1 - side]
-    return ops.Dot(*view.op_arguments(), dict(eqn.params), side=side, x_ndim=x.ndim), x, view
+    return ops.Dot(*view.op_arguments(), params=dict(eqn.params), side=side, x_ndim=x.ndim), x, view
 
 
 def _ragged(eqn, operands):
     view, side = _one_view(operands)
     if side != 1:
         raise ops.NotAnOp("the leaf is the left operand of a grouped product")
-    return ops.RaggedDot(*view.op_arguments(), dict(eqn.params), sizes=operands[2]), operands[0], view
+    return ops.RaggedDot(*view.op_arguments(), params=dict(eqn.params), sizes=operands[2]), operands[0], view
 
 
 def _gather(eqn, operands):
     view, side = _one_view(operands)
     if side != 0:
         raise ops.NotAnOp("the leaf holds row numbers")
-    return ops.Gather(*view.op_arguments(), dict(eqn.params)), operands[1], view
+    return ops.Gather(*view.op_arguments(), params=dict(eqn.params)), operands[1], view
 
 
 def _conv(eqn, operands):
     view, side = _one_view(operands)
     if side != 1:
         raise ops.NotAnOp("the leaf is the input of a convolution")
-    return ops.Conv(*view.op_arguments(), dict(eqn.params)), operands[0], view
+    return ops.Conv(*view.op_arguments(), params=dict(eqn.params)), operands[0], view
 
 
 _OPS = {"dot_general": _dot, "ragged_dot_general": _ragged, "gather": _gather, "conv_general_dilated": _conv}

@@ -113,7 +113,7 @@ class Dot(_Op):
     @property
     def _batch_order(self) -> list[int]:
         """The product's batch axes in the order of the leaf's own axes."""
-        return sorted(range(len(self._w_batch)), key=lambda n: self.layout.base_axis(self._w_batch[n]))
+        return sorted(range(len(self._w_batch)), key=lambda n: self.layout.base_axis(self._w_batch[n]) or 0)
 
     def base(self, x, array):
         operands = (x, self._dense(array)) if self.side == 1 else (self._dense(array), x)

@@ -38,7 +38,7 @@ def select(sites: Sites, targets: Targets, kinds: Sequence[str]) -> dict[str, Si
     if callable(targets):
         wanted = [("the predicate", targets)]
     else:
-        names = list(targets) if isinstance(targets, (list, tuple)) else [targets]
+        names: list[Any] = list(targets) if isinstance(targets, (list, tuple)) else [targets]
         if not all(isinstance(name, str) for name in names):
             raise ValueError(
                 f"expected targets as a string, a list of strings or a predicate on sites, got {targets!r}"

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Literal, Self, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,9 @@ __all__ = ["Weight", "Unfrozen", "weight", "static", "apply", "dense", "labels_o
 W = TypeVar("W", bound="type[Weight]")
 
 
-def static(default: Any = dataclasses.MISSING) -> Any:
+def static(default: Any = dataclasses.MISSING, *, kw_only: Literal[True] = True) -> Any:
     """A field that is part of the tree's structure, not an array: hashable, and free of stack axes."""
-    return dataclasses.field(default=default, metadata={"static": True}, kw_only=True)
+    return dataclasses.field(default=default, metadata={"static": True}, kw_only=kw_only)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static,))

@@ -19,8 +19,18 @@ from safetensors.flax import load_file, save_file
 from jpeft.core.method import Chain, chain
 from jpeft.core.tree import path_string
 
-__all__ = ["encode_method", "decode_method", "fingerprint", "flatten", "unflatten", "save_adapter", "load_adapter",
-           "read_adapter", "refuse_other_base", "write_text"]
+__all__ = [
+    "encode_method",
+    "decode_method",
+    "fingerprint",
+    "flatten",
+    "unflatten",
+    "save_adapter",
+    "load_adapter",
+    "read_adapter",
+    "refuse_other_base",
+    "write_text",
+]
 
 
 def encode_method(method) -> dict[str, Any]:
@@ -69,8 +79,11 @@ def refuse_other_base(saved: Mapping[str, Any], params, what: str) -> None:
     if saved == now:
         return
     old, new = saved["shapes"], now["shapes"]
-    lines = [f"  {p}: {old.get(p, 'absent')} there, {new.get(p, 'absent')} in this model"
-             for p in sorted(old.keys() | new.keys()) if old.get(p) != new.get(p)]
+    lines = [
+        f"  {p}: {old.get(p, 'absent')} there, {new.get(p, 'absent')} in this model"
+        for p in sorted(old.keys() | new.keys())
+        if old.get(p) != new.get(p)
+    ]
     lines = lines[:5] + ([f"  ... and {len(lines) - 5} more"] if len(lines) > 5 else [])
     lines = lines or ["  the shapes are the same, the values are not"]
     raise ValueError(f"{what} belongs to another model; give the --model that it was made with\n" + "\n".join(lines))
@@ -89,8 +102,11 @@ def unflatten(flat: Mapping[str, Any], like, what: str) -> Any:
     """
     paths = [(path_string(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(like)]
     spec = lambda x: f"{np.dtype(x.dtype).name}{list(x.shape)}"
-    wrong = [f"  {p}: expected {spec(x)}, got {spec(flat[p]) if p in flat else 'nothing'}"
-             for p, x in paths if p not in flat or spec(flat[p]) != spec(x)]
+    wrong = [
+        f"  {p}: expected {spec(x)}, got {spec(flat[p]) if p in flat else 'nothing'}"
+        for p, x in paths
+        if p not in flat or spec(flat[p]) != spec(x)
+    ]
     wrong += [f"  {p}: not expected" for p in sorted(flat.keys() - {p for p, _ in paths})]
     if wrong:
         more = f"\n  ... and {len(wrong) - 5} more" if len(wrong) > 5 else ""

@@ -83,8 +83,16 @@ class TrainConfig:
     def check(self) -> None:
         """Raise one ValueError that lists every field out of its range."""
         wrong = []
-        positive = ("batch_size", "accumulation", "epochs", "learning_rate", "clip_norm", "save_every", "log_every",
-                    "sample_tokens")
+        positive = (
+            "batch_size",
+            "accumulation",
+            "epochs",
+            "learning_rate",
+            "clip_norm",
+            "save_every",
+            "log_every",
+            "sample_tokens",
+        )
         for name in positive:
             if not getattr(self, name) > 0:
                 wrong.append(f"{name} must be above 0, got {getattr(self, name)}")

@@ -60,8 +60,20 @@ def generate(
     prefill = int(lengths.min())
     prefill = prefill if prefill < _BUCKET else prefill // _BUCKET * _BUCKET
     cache, key = new_cache(len(prompts), total), jax.random.key(seed)
-    ids = _complete(apply, bound, cache, ids, lengths, jnp.asarray(stops), key, temperature, top_p, new_tokens,
-                    prefill=prefill, greedy=temperature == 0)
+    ids = _complete(
+        apply,
+        bound,
+        cache,
+        ids,
+        lengths,
+        jnp.asarray(stops),
+        key,
+        temperature,
+        top_p,
+        new_tokens,
+        prefill=prefill,
+        greedy=temperature == 0,
+    )
     found = []
     for row, start in zip(np.asarray(ids), lengths, strict=True):
         new = row[start : start + new_tokens].tolist()

@@ -60,7 +60,8 @@ def fit(
     config.check()
     folder = folder or RunFolder.plan(config)
     steps = total_steps(config, training, length)
-    rate = schedule(config.learning_rate, steps, config.warmup)
+    planned = schedule(config.learning_rate, steps, config.warmup)
+    rate = lambda step: np.asarray(planned(step)).item()
     tx = method.optimizer(adamw(config.learning_rate, steps, config.warmup, config.weight_decay, config.clip_norm))
     key = jax.random.key(config.seed)
     trainable, frozen = method.init(key, params, sites)
@@ -74,8 +75,14 @@ def fit(
     folder.begin(config)
     checkpoints = Checkpoints(folder.path / "checkpoints")
     save = lambda state, position: checkpoints.save(state, position, settings, base)
-    adapter = lambda state: save_adapter(folder.path / "adapter", method, state.trainable,
-                                         base=config.model or "", base_fingerprint=base, seed=config.seed)
+    adapter = lambda state: save_adapter(
+        folder.path / "adapter",
+        method,
+        state.trainable,
+        base=config.model or "",
+        base_fingerprint=base,
+        seed=config.seed,
+    )
     speed = Speed()
     with _signals() as stopped, contextlib.closing(checkpoints):
         if checkpoints.latest() is not None:
@@ -100,9 +107,14 @@ def fit(
                 done += 1
                 tokens = int((batch["segment_ids"] > 0).sum())
                 speed.step(tokens)
-                folder.log(step=done, loss=loss, gradient_norm=float(metrics["gradient_norm"]),
-                           learning_rate=float(rate(done - 1)), tokens=tokens)
-                update(done, loss, float(rate(done - 1)))
+                folder.log(
+                    step=done,
+                    loss=loss,
+                    gradient_norm=float(metrics["gradient_norm"]),
+                    learning_rate=rate(done - 1),
+                    tokens=tokens,
+                )
+                update(done, loss, rate(done - 1))
                 if done == steps or config.evaluate_every and done % config.evaluate_every == 0:
                     bound = method.bind(state.trainable, frozen)
                     held_out_losses.append(evaluate(bound, held_out_batches))
@@ -115,8 +127,9 @@ def fit(
         save(state, batches.get_state())
     adapter(state)
     plot_losses(folder.metrics(), folder.path / "loss.png")
-    return Result(done == steps, done, held_out_losses[0], held_out_losses[-1], speed.tokens_per_second,
-                  state.trainable, frozen)
+    return Result(
+        done == steps, done, held_out_losses[0], held_out_losses[-1], speed.tokens_per_second, state.trainable, frozen
+    )
 
 
 def total_steps(config: TrainConfig, training: list[Example], length: int) -> int:

@@ -75,8 +75,10 @@ def split(records: list[Record], fraction: float, seed: int) -> tuple[list[Recor
         )
     count = min(max(1, round(fraction * len(records))), len(records) - 1)
     held_out = set(np.random.default_rng(seed).permutation(len(records))[:count].tolist())
-    return ([r for i, r in enumerate(records) if i not in held_out],
-            [r for i, r in enumerate(records) if i in held_out])
+    return (
+        [r for i, r in enumerate(records) if i not in held_out],
+        [r for i, r in enumerate(records) if i in held_out],
+    )
 
 
 def _record(row: Any, where: str) -> Record:
@@ -86,8 +88,11 @@ def _record(row: Any, where: str) -> Record:
         return Record(where, messages=_messages(row["messages"]))
     missing = [name for name in ("prompt", "completion") if name not in row]
     if missing:
-        near = [f"{got!r} looks like {name!r}" for name in (*missing, "messages")
-                for got in difflib.get_close_matches(name, [str(k) for k in row], n=1, cutoff=0.7)]
+        near = [
+            f"{got!r} looks like {name!r}"
+            for name in (*missing, "messages")
+            for got in difflib.get_close_matches(name, [str(k) for k in row], n=1, cutoff=0.7)
+        ]
         hint = f"; {', '.join(near)}" if near else ""
         raise ValueError(f"expected the fields 'prompt' and 'completion', or 'messages', got {sorted(row)}{hint}")
     for name in ("prompt", "completion"):

@@ -50,24 +50,34 @@ class Speed:
 def progress(start: int, steps: int, every: int, speed: Speed) -> Iterator[tuple[Update, Callable[[str], Any]]]:
     """`(update, say)`: `update(step, loss, rate)` shows a step, `say(text)` a line, on a terminal or off it."""
     if not sys.stdout.isatty():
+
         def update(step: int, loss: float, rate: float) -> None:
             if step % every == 0 or step in (start + 1, steps):
-                print(f"step {step}/{steps}  loss {loss:.4f}  rate {rate:.2e}  "
-                      f"{speed.tokens_per_second:,.0f} tokens/s  {_clock(speed.seconds_for(steps - step))} left",
-                      flush=True)
+                print(
+                    f"step {step}/{steps}  loss {loss:.4f}  rate {rate:.2e}  "
+                    f"{speed.tokens_per_second:,.0f} tokens/s  {_clock(speed.seconds_for(steps - step))} left",
+                    flush=True,
+                )
 
         yield update, lambda text: print(text, flush=True)
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"),
-               TimeElapsedColumn())
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[shown]}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns) as bar:
         task = bar.add_task("training", total=steps, completed=start, shown="compiling")
 
         def update(step: int, loss: float, rate: float) -> None:
-            shown = (f"loss {loss:.4f}  {speed.tokens_per_second:,.0f} tokens/s  "
-                     f"{_clock(speed.seconds_for(steps - step))} left")
+            shown = (
+                f"loss {loss:.4f}  {speed.tokens_per_second:,.0f} tokens/s  "
+                f"{_clock(speed.seconds_for(steps - step))} left"
+            )
             bar.update(task, completed=step, shown=shown)
 
         yield update, bar.console.print

@@ -42,8 +42,9 @@ def loss_sum(apply: Callable, bound, batch: dict[str, jax.Array]) -> jax.Array:
     rows, length = batch["tokens"].shape
     inputs = {"positions": batch["positions"], "segment_ids": batch["segment_ids"]}
     vocabulary = getattr(getattr(apply, "config", None), "vocab_size", 0)
-    chunks = next(n for n in range(1, length + 1)
-                  if length % n == 0 and (rows * length // n * vocabulary <= CHUNK or n == length))
+    chunks = next(
+        n for n in range(1, length + 1) if length % n == 0 and (rows * length // n * vocabulary <= CHUNK or n == length)
+    )
     if chunks == 1 or not hasattr(apply, "hidden"):
         logits = lift(apply)(bound, batch["tokens"], **inputs)
         return _cross_entropy(logits, batch["targets"], batch["weights"])

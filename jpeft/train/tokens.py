@@ -50,8 +50,11 @@ class Text:
         self.tokenizer.no_truncation()
         settings = _json(folder / "tokenizer_config.json")
         names = {name: _token_text(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        stops = [i for name in ("generation_config.json", "config.json")
-                 for i in _as_list(_json(folder / name).get("eos_token_id"))]
+        stops = [
+            i
+            for name in ("generation_config.json", "config.json")
+            for i in _as_list(_json(folder / name).get("eos_token_id"))
+        ]
         eos = self.tokenizer.token_to_id(names["eos_token"]) if names["eos_token"] else None
         if eos is None and not stops:
             raise ValueError(f"{folder} names no end-of-text token; set eos_token in tokenizer_config.json")
@@ -65,7 +68,7 @@ class Text:
     def encode_prompt(self, prompt: str) -> list[int]:
         """The ids of a prompt, with the tokens that the tokenizer puts in front and without an end-of-text token."""
         ids = self.tokenizer.encode(prompt, add_special_tokens=True).ids
-        while ids and ids[-1] in self.stops and not prompt.endswith(self.tokenizer.id_to_token(ids[-1])):
+        while ids and ids[-1] in self.stops and not prompt.endswith(self.tokenizer.id_to_token(ids[-1]) or ""):
             ids = ids[:-1]
         return ids
 
@@ -113,7 +116,7 @@ def _completion(text: Text, record: Record) -> tuple[list[int], list[bool]]:
     prompt = text.encode_prompt(record.prompt)
     both = text.encode_prompt(record.prompt + record.completion)
     if both[: len(prompt)] == prompt and len(both) > len(prompt):
-        completion = both[len(prompt):]
+        completion = both[len(prompt) :]
     else:
         completion = text.tokenizer.encode(record.completion, add_special_tokens=False).ids
     if not prompt:
@@ -123,7 +126,7 @@ def _completion(text: Text, record: Record) -> tuple[list[int], list[bool]]:
 
 
 def _chat(text: Text, record: Record) -> tuple[list[int], list[bool]]:
-    whole, spans = text.chat.render_with_spans(record.messages)
+    whole, spans = text.chat.render_with_spans(record.messages or ())
     if not spans:
         raise ValueError("the chat template renders no text of the assistant")
     encoded = text.tokenizer.encode(whole, add_special_tokens=False)
