@@ -34,8 +34,10 @@ def trace(fn, *args) -> tuple[Any, list[Any], Any]:
 
 def open_jaxpr(jaxpr) -> tuple[Jaxpr, list[Any]]:
     """An equation's sub-jaxpr and its constants: JAX 0.10 keeps two classes, JAX 0.12 has merged them."""
-    inner: Any = getattr(jaxpr, "jaxpr", jaxpr) if isinstance(jaxpr, ClosedJaxpr) else jaxpr
-    return inner, list(jaxpr.consts) if inner is not jaxpr else []
+    if isinstance(jaxpr, ClosedJaxpr):  # on JAX 0.12 every jaxpr is one, its own `.jaxpr`, and holds its constants
+        inner: Any = getattr(jaxpr, "jaxpr", jaxpr)
+        return inner, list(jaxpr.consts)
+    return jaxpr, []
 
 
 def scan_split(eqn: JaxprEqn) -> tuple[int, int]:

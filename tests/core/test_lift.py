@@ -419,6 +419,13 @@ def test_what_a_function_closes_over_is_read_at_every_trace():
     np.testing.assert_allclose(jax.jit(lambda *args: inside(*args) + 0)(bound, x, 3.0), second, rtol=1e-5)
 
 
+def test_constants_of_a_function_and_of_its_bodies_are_kept():
+    table = jnp.arange(1.0, 6.0)
+    jitted = jax.jit(lambda x: x * table)
+    fn = lambda p, x: lax.scan(lambda c, _: (c + table, None), jitted(x @ p["w"]) + table, length=2)[0]
+    agree(fn, {"w": adapted(numbers(4, 5), "io")}, numbers(3, 4))
+
+
 def test_a_function_and_what_it_closes_over_are_not_kept_alive():
     bound, x = {"w": adapted(numbers(4, 5), "io")}, numbers(3, 4)
 
