@@ -5,12 +5,17 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
+import hypothesis
 import jax
 import pytest
 from small_models import MODELS, Model, make_model
 
-# Laws are about values, not speed: little optimisation, and compiled programs kept between runs.
+# Laws are about values, not speed.
 jax.config.update("jax_disable_most_optimizations", True)
+
+# The first example of a property compiles, which a deadline would call a failure.
+hypothesis.settings.register_profile("jpeft", deadline=None, derandomize=True, max_examples=40)
+hypothesis.settings.load_profile("jpeft")
 
 
 @pytest.fixture(params=MODELS)
