@@ -1,8 +1,21 @@
 """Pretrain the model that `jpeft train` uses when it is given none, and write it into the package.
 
-    python scripts/pretrain_embedded.py --out jpeft/assets/docstring-llama
+    JAX_PLATFORMS=cpu python scripts/pretrain_embedded.py --out jpeft/assets/docstring-llama
 
-Text: the docstrings of the standard library's training modules and the language reference of `help()`, Python 3.11.
+The text is the standard library's docstrings, the modules that validate left out, and the language reference that
+`help()` shows. Measured on 2026-11-23 with Python 3.11.7 and JAX 0.10.2, in 46 minutes of two CPU cores that other work
+shared:
+
+    parameters                        2,361,024
+    training, held-out tokens         606,449, 55,862
+    steps of 2,048 tokens             2000
+    training loss, last 50 steps      2.77 nats per token
+    held-out loss at 400, 800, 1200   4.90, 4.42, 4.24
+    held-out loss at the end          4.13, the same after rounding to bfloat16
+
+It has learned the form of documentation, not its content. `def get(key, default=None):` continues with "Called when
+the value is a string.", then "def get_key(key, value): Return a list of key-like object." Positions past the 256 tokens
+of a training row are allowed by the config and untrained.
 """
 
 import dataclasses
@@ -68,7 +81,7 @@ TOKENIZER = {
 class Recipe:
     out: pathlib.Path
     """The folder to write."""
-    steps: int = 2400
+    steps: int = 2000
     rows: int = 8
     """Rows of a step."""
     length: int = 256
@@ -109,19 +122,6 @@ def batches(tokens, recipe):
             yield tokens[chosen[:, None] + np.arange(recipe.length + 1)]
 
 
-def initialise(key, shapes):
-    """Normal matrices of the configured deviation, unit scales."""
-    leaves, treedef = jax.tree.flatten_with_path(shapes)
-    keys = jax.random.split(key, len(leaves))
-
-    def leaf(path, shape, key):
-        if path[-1].key == "scale":
-            return jnp.ones(shape.shape, jnp.float32)
-        return MODEL["initializer_range"] * jax.random.normal(key, shape.shape, jnp.float32)
-
-    return treedef.unflatten([leaf(path, shape, key) for (path, shape), key in zip(leaves, keys, strict=True)])
-
-
 def heldout_loss(loss, params, tokens, length):
     """Nats per token over the whole sequence, in rows of `length`."""
     count = (len(tokens) - 1) // length
@@ -143,53 +143,57 @@ def continuation(apply, tokenizer, params, prompt, count=60):
 
 
 def write(recipe, params, tokenizer):
-    recipe.out.mkdir(parents=True, exist_ok=True)
+    """The folder in Hugging Face format, weights in bfloat16."""
+    models.save(recipe.out, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params), MODEL, overwrite=True)
     tokenizer.save(str(recipe.out / "tokenizer.json"))
     (recipe.out / "tokenizer_config.json").write_text(json.dumps(TOKENIZER, indent=2) + "\n")
-    models.save(recipe.out, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params), MODEL)
+
+
+def make_optimizer(recipe, params):
+    """AdamW on a warm-up and a cosine; the norms' scales do not decay."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, recipe.learning_rate, recipe.warmup, recipe.steps, end_value=recipe.learning_rate / 20
+    )
+    decayed = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(schedule, b2=0.98, weight_decay=recipe.weight_decay, mask=decayed),
+    )
 
 
 def main(recipe: Recipe):
     texts, heldout = documents("train"), documents("validation")
     tokenizer = train_tokenizer(texts)
     tokens, heldout_tokens = encode(tokenizer, texts), encode(tokenizer, heldout)
-    apply, shapes = models.abstract(MODEL)
-    params = initialise(jax.random.key(recipe.seed), shapes)
+    apply, params = models.init(jax.random.key(recipe.seed), MODEL, param_dtype="float32")
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{total:,} parameters; {len(tokens):,} training and {len(heldout_tokens):,} held-out tokens", flush=True)
 
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, recipe.learning_rate, recipe.warmup, recipe.steps, end_value=recipe.learning_rate / 20
-    )
-    decayed = jax.tree.map(lambda shape: len(shape.shape) > 1, shapes)
-    decayed = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", decayed)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(schedule, b2=0.98, weight_decay=recipe.weight_decay, mask=decayed),
-    )
-
     def mean_loss(params, rows):
-        logits = apply(params, rows[:, :-1]).astype(jnp.float32)
+        logits = apply(params, rows[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:]).mean()
+
+    optimizer = make_optimizer(recipe, params)
 
     @jax.jit
     def step(params, state, rows):
-        loss, gradients = jax.value_and_grad(mean_loss)(params, rows)
+        value, gradients = jax.value_and_grad(mean_loss)(params, rows)
         updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, loss
+        return optax.apply_updates(params, updates), state, value
 
-    loss, state, start, recent = jax.jit(mean_loss), optimizer.init(params), time.monotonic(), []
+    loss, state, begin, recent = jax.jit(mean_loss), optimizer.init(params), time.monotonic(), []
     for index, rows in zip(range(1, recipe.steps + 1), batches(tokens, recipe), strict=False):
         params, state, value = step(params, state, rows)
         recent.append(value)
         if index % 50 == 0:
-            seconds = time.monotonic() - start
-            rate = index * recipe.rows * recipe.length / seconds
-            print(f"step {index} loss {np.mean(recent):.3f} {rate:,.0f} tokens/s {seconds:.0f} s", flush=True)
+            print(f"step {index} loss {np.mean(recent):.3f} {time.monotonic() - begin:.0f} s", flush=True)
             recent = []
         if index % recipe.save_every == 0 or index == recipe.steps:
             write(recipe, params, tokenizer)
             print(f"step {index} held-out {heldout_loss(loss, params, heldout_tokens, recipe.length):.3f}", flush=True)
+
+    apply, params = models.load(recipe.out, param_dtype="float32")  # what others will read, rounded to bfloat16
+    print(f"written: held-out {heldout_loss(loss, params, heldout_tokens, recipe.length):.3f} nats per token")
     print(continuation(apply, tokenizer, params, "def get(key, default=None):\n    "))
 
 
