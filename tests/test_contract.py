@@ -12,6 +12,7 @@ import pytest
 from small_models import MODELS, make_model
 
 import jpeft
+from jpeft.core.tree import path_string
 from jpeft.core.weight import Weight
 from jpeft.train import adapter
 
@@ -160,7 +161,7 @@ def test_the_compiled_step_forms_no_dense_update(kind, method):
     weights = [w for w in jax.tree.leaves(bound, is_leaf=lambda x: isinstance(x, Weight)) if isinstance(w, Weight)]
     for shape in {w.shape for w in weights if len(w.axes) > 1} - trained:
         for variant in {shape, shape[1:]}:
-            pattern = rf"= f32\[{','.join(map(str, variant))}\]\S* (dot|add|subtract|multiply)\("
+            pattern = rf"= f32\[{','.join(map(str, variant))}\]\S* (dot|add|subtract)\("
             assert math.prod(variant) < 100 or not re.search(pattern, text), re.search(pattern, text)
 
 
@@ -222,6 +223,13 @@ def test_a_method_is_a_value(method):
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 def test_adding_a_target_does_not_reshuffle_the_others(method):
     model = make_model("linen-unrolled")
-    one, two = (dataclasses.replace(method, targets=t) for t in (["layer_1/up"], ["layer_1/up", "layer_0/up"]))
-    chosen = [m.init(KEY, model.params, model.sites)[0]["layer_1"]["up"]["kernel"] for m in (one, two)]
-    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, chosen), strict=True))
+    first, second = list(method.chosen(model.sites))[:2]
+    one, two = (dataclasses.replace(method, targets=[f"^{path}$" for path in t]) for t in ([first], [first, second]))
+    chosen = [_at(m.init(KEY, model.params, model.sites)[0], first) for m in (one, two)]
+    assert chosen[0]
+    assert all(np.array_equal(a, b) for a, b in zip(*chosen, strict=True))
+
+
+def _at(trainable, path):
+    found = jax.tree_util.tree_leaves_with_path(trainable)
+    return [x for p, x in found if path_string(p).startswith(path + "/")]

@@ -8,9 +8,18 @@ import pytest
 from jpeft import models
 
 CONFIG = {
-    "model_type": "llama", "vocab_size": 258, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "eos_token_id": 256,
-    "bos_token_id": 257, "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True,
+    "model_type": "llama",
+    "vocab_size": 258,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "eos_token_id": 256,
+    "bos_token_id": 257,
+    "architectures": ["LlamaForCausalLM"],
+    "tie_word_embeddings": True,
 }
 
 
@@ -24,9 +33,7 @@ def write_tokenizer(folder, bos=True, chat_template=None):
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<eos>", special=True), AddedToken("<bos>", special=True)])
     if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<bos> $A", special_tokens=[("<bos>", 257)]
-        )
+        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 257)])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"eos_token": "<eos>", "bos_token": "<bos>"}
     if chat_template is not None:

@@ -438,21 +438,25 @@ def _ragged(eqn, operands):
     view, side = _one_view(operands)
     if side != 1:
         raise ops.NotAnOp("the leaf is the left operand of a grouped product")
-    return ops.RaggedDot(*view.op_arguments(), params=dict(eqn.params), sizes=operands[2]), operands[0], view
+    return (
+        ops.RaggedDot(*view.op_arguments(), params=dict(eqn.params), sizes=operands[2], rows=operands[0].shape[0]),
+        operands[0],
+        view,
+    )
 
 
 def _gather(eqn, operands):
     view, side = _one_view(operands)
     if side != 0:
         raise ops.NotAnOp("the leaf holds row numbers")
-    return ops.Gather(*view.op_arguments(), params=dict(eqn.params)), operands[1], view
+    return ops.Gather(*view.op_arguments(), params=dict(eqn.params), x_ndim=operands[1].ndim), operands[1], view
 
 
 def _conv(eqn, operands):
     view, side = _one_view(operands)
     if side != 1:
         raise ops.NotAnOp("the leaf is the input of a convolution")
-    return ops.Conv(*view.op_arguments(), params=dict(eqn.params)), operands[0], view
+    return ops.Conv(*view.op_arguments(), params=dict(eqn.params), x_ndim=operands[0].ndim), operands[0], view
 
 
 _OPS = {"dot_general": _dot, "ragged_dot_general": _ragged, "gather": _gather, "conv_general_dilated": _conv}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -138,7 +139,9 @@ def _full_mask(leaf):
     if not isinstance(leaf, Weight):
         return _none_of(leaf)
     mask = _outer_mask(leaf)
-    return mask.replace(base=_full_mask(leaf.base)) if isinstance(leaf.base, Weight) else mask
+    if not isinstance(leaf.base, Weight):
+        return mask
+    return mask.replace(base=jax.tree.map(operator.or_, mask.base, _full_mask(leaf.base)))
 
 
 def _randomized(bound, key):

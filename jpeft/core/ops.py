@@ -1,12 +1,14 @@
 """The operations that a Weight can take part in: a product, a grouped product, a convolution, a row lookup.
 
-Each is a view of one jaxpr equation, with the same five verbs, so that a method is written once for all of them:
+Each is a view of one jaxpr equation, with the same verbs, so that a method is written once for all of them:
 
     base(x, array)    the equation itself, on a dense array of the leaf's shape
     inputs(x)         x in the order of the matrix form: (*batch, *free, in)         (not for convolutions, lookups)
     contract(x, m)    x with a matrix (*batch, in, k) in place of the leaf            -> (*batch, *free, k)
     mix(h, m)         h (*batch, *free, k) with a matrix (*batch, k, out)             -> (*batch, *free, out)
     restore(y)        y (*batch, *free, out) in the shape of the equation's result
+    spread(v)         a vector for each output, (*batch, out), so that it broadcasts to (*batch, *free, out)
+    scale_inputs(x,v) x with its contracted entries times a vector (*batch, in)       (a dot_general only)
 
 `transposed` says that the equation contracts the leaf's output axes (a tied head): then `in` and `out` change places.
 An equation that does not contract all inputs or all outputs of the leaf raises `NotAnOp`.
@@ -35,6 +37,7 @@ class _Op:
     labels: str  # one letter per base axis
     dtype: Any  # of the weight operand in the equation
     params: dict = field(hash=False)
+    x_ndim: int = 2
 
     def _side(self, contracted: set[int]) -> bool:
         """Whether the contracted base axes are the outputs (True) or the inputs (False)."""
@@ -55,6 +58,12 @@ class _Op:
 
     def _dense(self, array):
         return self.layout.apply(array.astype(self.dtype))
+
+    def spread(self, v):
+        return v.reshape(*(1,) * (self.x_ndim - 1), v.shape[-1])
+
+    def scale_inputs(self, x, v):
+        raise NotAnOp("the inputs are not a plain product's")
 
     def _cast(self, x, m):
         return m.astype(x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else self.dtype)
@@ -79,7 +88,6 @@ class Dot(_Op):
     """`dot_general`; `side` is the weight's place among the two operands."""
 
     side: int = 1
-    x_ndim: int = 2
 
     def __post_init__(self):
         self.transposed  # noqa: B018  checks that this is an op
@@ -154,12 +162,26 @@ class Dot(_Op):
         order += x_axes + w_axes if self.side == 1 else w_axes + x_axes
         return y if order == list(range(y.ndim)) else jnp.transpose(y, order)
 
+    def spread(self, v):
+        return v.reshape(*v.shape[:-1], *(1 for _ in self._x_free), v.shape[-1])
+
+    def scale_inputs(self, x, v):
+        cx, cw, bx, _ = self._dims
+        parts = [p for axis in cw for p in self.layout.axes[axis] if self.layout.size(p) != 1]
+        lead = v.shape[:-1]
+        v = v.reshape(*lead, *map(self.layout.size, sorted(parts)))
+        v = jnp.transpose(v, [*range(len(lead)), *(len(lead) + sorted(parts).index(p) for p in parts)])
+        v = v.reshape(*lead, *(1 for _ in self._x_free), *(self.layout.shape[a] for a in cw))
+        order = [bx[n] for n in self._batch_order] + self._x_free + list(cx)
+        return x * jnp.transpose(v, [order.index(k) for k in range(x.ndim)]).astype(x.dtype)
+
 
 @dataclass(frozen=True)
 class RaggedDot(_Op):
     """`ragged_dot_general` with rows grouped along the first axis of x: x (rows, in), leaf (groups, in, out)."""
 
     sizes: Any = None  # rows of each group
+    rows: int = 0
 
     def __post_init__(self):
         numbers = self.params["ragged_dot_dimension_numbers"]
@@ -190,6 +212,9 @@ class RaggedDot(_Op):
 
     def mix(self, h, m):
         return lax.ragged_dot(h, self._cast(h, m), self.sizes, precision=self.params.get("precision"))
+
+    def spread(self, v):
+        return jnp.repeat(v, self.sizes, axis=0, total_repeat_length=self.rows)
 
     def restore(self, y):
         free = [a for a in (1, 2) if a != self._right]  # type: ignore[attr-defined]

@@ -25,8 +25,24 @@ def refused(capsys, *arguments):
     return " ".join(shown.replace("│", " ").split())
 
 
-TRAIN = ("--method", "lora", "--rank", 2, "--alpha", 4, "--max-steps", 2, "--batch-size", 2, "--samples", 2,
-         "--sample-tokens", 3, "--learning-rate", 0.05)
+TRAIN = (
+    "--method",
+    "lora",
+    "--rank",
+    2,
+    "--alpha",
+    4,
+    "--max-steps",
+    2,
+    "--batch-size",
+    2,
+    "--samples",
+    2,
+    "--sample-tokens",
+    3,
+    "--learning-rate",
+    0.05,
+)
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +113,22 @@ def test_chat_data_and_other_fields_of_the_method(tiny, tmp_path):
     rows = [{"messages": turns(i)} for i in range(6)]
     data = tmp_path / "chat.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
-    ok("train", "--model", tiny, "--data", data, *TRAIN, "--set", "scaling=rslora", "--set", "rank_pattern={q_proj: 1}",
-       "--accumulation", 2, "--out", tmp_path / "out")
+    ok(
+        "train",
+        "--model",
+        tiny,
+        "--data",
+        data,
+        *TRAIN,
+        "--set",
+        "scaling=rslora",
+        "--set",
+        "rank_pattern={q_proj: 1}",
+        "--accumulation",
+        2,
+        "--out",
+        tmp_path / "out",
+    )
     method = json.loads((tmp_path / "out/adapter/method.json").read_text())["method"]
     assert method["scaling"] == "rslora" and method["rank_pattern"] == [["q_proj", 1]]
 
@@ -132,8 +162,17 @@ def test_mistakes_in_options(tiny, data_file, tmp_path, capsys, arguments, said)
 
 
 def test_a_config_file_supplies_fields_and_names_unknown_ones(tiny, data_file, tmp_path, capsys):
-    settings = {"model": str(tiny), "data": str(data_file), "max-steps": 1, "samples": 0, "packing": False, "rank": 2,
-                "out": str(tmp_path / "out"), "targets": ["q_proj"], "set": ["scaling=rslora"]}
+    settings = {
+        "model": str(tiny),
+        "data": str(data_file),
+        "max-steps": 1,
+        "samples": 0,
+        "packing": False,
+        "rank": 2,
+        "out": str(tmp_path / "out"),
+        "targets": ["q_proj"],
+        "set": ["scaling=rslora"],
+    }
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(settings))
     ok("train", "--config", path, "--rank", 1)
@@ -170,8 +209,9 @@ def test_broken_models_and_adapters(tiny, run_folder, tmp_path, capsys):
     other = tmp_path / "other"
     import jax
 
-    models.save(other, models.init(jax.random.key(0), CONFIG | {"intermediate_size": 32})[1],
-                CONFIG | {"intermediate_size": 32})
+    models.save(
+        other, models.init(jax.random.key(0), CONFIG | {"intermediate_size": 32})[1], CONFIG | {"intermediate_size": 32}
+    )
     shutil.copy(tiny / "tokenizer.json", other)
     said = refused(capsys, "generate", "--model", other, "--adapter", run_folder, "--prompt", "x")
     assert "belongs to another model" in said

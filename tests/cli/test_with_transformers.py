@@ -19,8 +19,25 @@ def test_train_and_merge_give_transformers_the_same_logits(tmp_path, data_file):
     config = transformers.LlamaConfig(**{k: v for k, v in CONFIG.items() if k not in ("model_type", "architectures")})
     transformers.LlamaForCausalLM(config).save_pretrained(base)
     write_tokenizer(base)
-    main(["train", "--model", str(base), "--data", str(data_file), "--max-steps", "2", "--rank", "2", "--samples", "0",
-          "--learning-rate", "0.1", "--out", str(out)])
+    main(
+        [
+            "train",
+            "--model",
+            str(base),
+            "--data",
+            str(data_file),
+            "--max-steps",
+            "2",
+            "--rank",
+            "2",
+            "--samples",
+            "0",
+            "--learning-rate",
+            "0.1",
+            "--out",
+            str(out),
+        ]
+    )
     main(["merge", "--model", str(base), "--adapter", str(out), "--out", str(merged)])
     tokens = np.arange(12).reshape(2, 6)
     with torch.no_grad():

@@ -29,8 +29,9 @@ def by_hand(apply, params, prompt, count):
 def run(model, prompts, bound=None, **options):
     apply, params = model
     options = {"new_tokens": 6, "stops": (256,), "context": 64} | options
-    return generate(apply, params if bound is None else bound, prompts, functools.partial(models.init_cache, apply),
-                    **options)
+    return generate(
+        apply, params if bound is None else bound, prompts, functools.partial(models.init_cache, apply), **options
+    )
 
 
 PROMPTS = [[7, 3, 9], [1, 2, 3, 4, 5, 6, 7, 8], list(range(36))]

@@ -47,7 +47,11 @@ def test_a_run_learns_and_writes_what_it_should(model, tmp_path, capsys):
     result = run(model, config(tmp_path / "a", max_steps=30, evaluate_every=10, learning_rate=0.1))
     assert result.finished and result.steps == 30 and result.heldout_loss_after < result.heldout_loss_before - 0.5
     assert {p.name for p in (tmp_path / "a").iterdir()} == {
-        "adapter", "checkpoints", "config.yaml", "metrics.jsonl", "loss.png",
+        "adapter",
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "loss.png",
     }
     metrics = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics if "loss" in m] == list(range(1, 31))
@@ -168,8 +172,16 @@ def test_steps_are_counted_from_the_epochs():
 
 def test_settings_out_of_range_are_reported_together():
     with pytest.raises(ValueError) as error:
-        TrainConfig(batch_size=6, accumulation=4, learning_rate=0.0, warmup=1.5, max_steps=0, seed=-1, resume=True,
-                    overwrite=True).check()
+        TrainConfig(
+            batch_size=6,
+            accumulation=4,
+            learning_rate=0.0,
+            warmup=1.5,
+            max_steps=0,
+            seed=-1,
+            resume=True,
+            overwrite=True,
+        ).check()
     assert len(str(error.value).splitlines()) == 7
 
 

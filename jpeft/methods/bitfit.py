@@ -1,0 +1,35 @@
+"""BitFit: only the bias vectors train (Ben Zaken et al. 2021, arXiv 2106.10199)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from jpeft.core.method import Method
+from jpeft.core.sites import Site
+from jpeft.core.targets import Targets
+from jpeft.core.weight import Unfrozen
+
+__all__ = ["BitFit"]
+
+
+@dataclass(frozen=True)
+class BitFit(Method):
+    """Every vector that is added to an activation trains; nothing is inserted, so merging is exact.
+
+    Llama, Qwen3 and Gemma have no biases: there the default target matches nothing, which is an error.
+
+    Raises:
+        ValueError: from `init`: the model has no biases where the targets look.
+
+    Example:
+        >>> import jpeft
+        >>> jpeft.BitFit().targets
+        'bias'
+    """
+
+    targets: Targets = field(default="bias", kw_only=True)
+
+    KINDS = ("bias",)
+
+    def wrap(self, key, leaf, site: Site) -> Unfrozen:
+        return Unfrozen(leaf, axes=site.axes.lstrip("s"))
