@@ -290,7 +290,10 @@ def _write_tensors(path: Path, pieces: list, max_shard_bytes: int) -> None:
     files = [f"model-{k:05}-of-{len(shards):05}.safetensors" if many else SINGLE for k in range(1, len(shards) + 1)]
     for file, shard in zip(files, shards, strict=True):
         tensors = {name: _stored(row, k, leaf) for name, row, k, leaf in shard}
+        (path / file).touch()
+        ordinary = (path / file).stat().st_mode
         save_file(tensors, path / file, metadata={"format": "pt"})
+        (path / file).chmod(ordinary)  # safetensors makes files that only their owner reads
     if many:
         total = sum(leaf.nbytes for leaf in {id(leaf): leaf for *_, leaf in pieces}.values())
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name, *_ in shard}

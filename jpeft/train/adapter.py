@@ -123,7 +123,10 @@ def save_adapter(folder: str | Path, method, trainable, *, base: str, base_finge
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {path: np.asarray(x) for path, x in flatten(trainable).items()}
     partial = folder / "trainable.safetensors.partial"
+    partial.touch()
+    ordinary = partial.stat().st_mode
     save_file({path: jnp.asarray(x) for path, x in arrays.items()}, str(partial))
+    partial.chmod(ordinary)  # safetensors makes files that only their owner reads
     os.replace(partial, folder / "trainable.safetensors")
     written = {"method": encode_method(method), "base": base, "seed": seed, "fingerprint": base_fingerprint}
     write_text(folder / "method.json", json.dumps(written, indent=1))

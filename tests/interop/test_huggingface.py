@@ -214,3 +214,7 @@ def test_parameters_that_the_config_does_not_describe_are_refused(params, tmp_pa
     ):
         assert line in str(error.value)
     assert not (tmp_path / "model").exists()
+
+
+def test_the_weights_are_as_readable_as_the_config(saved):
+    assert (saved / "model.safetensors").stat().st_mode == (saved / "config.json").stat().st_mode

@@ -96,3 +96,7 @@ def test_arrays_of_another_rank_are_listed(base, saved):
     (folder / "method.json").write_text(json.dumps(written))
     with pytest.raises(ValueError, match=r"q_proj/kernel/a: expected float32\[2, 16, 4\], got float32\[2, 16, 2\]"):
         load_adapter(folder, *base, jpeft.methods())
+
+
+def test_the_arrays_are_as_readable_as_the_method(saved):
+    assert (saved[0] / "trainable.safetensors").stat().st_mode == (saved[0] / "method.json").stat().st_mode
