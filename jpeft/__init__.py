@@ -1,5 +1,8 @@
 """Parameter-efficient fine-tuning as pure transforms of Flax parameter trees."""
 
+import importlib
+import pkgutil
+
 from jpeft.core.doors import from_linen, from_nnx
 from jpeft.core.lift import DensifyError, lift
 from jpeft.core.method import Method, chain, count, labels, merge, trainable_mask
@@ -10,3 +13,10 @@ from jpeft.methods import *  # noqa: F403
 from jpeft.methods import methods
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    """Subpackages on first use: `import jpeft` alone loads neither the models nor the trainer."""
+    if name in {module.name for module in pkgutil.iter_modules(__path__)}:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

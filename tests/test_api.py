@@ -50,3 +50,10 @@ def test_importing_jpeft_imports_nothing_heavy():
     code += f"print(*sorted({{m.split('.')[0] for m in new}} & set({HEAVY!r})))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.split() == []
+
+
+def test_subpackages_load_on_first_use():
+    code = "import sys, jpeft; assert 'jpeft.models' not in sys.modules; print(jpeft.models.load.__name__)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "load"
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        jpeft.nothing_like_it  # noqa: B018
