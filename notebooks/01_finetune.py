@@ -18,7 +18,7 @@
 # half; binding the halves gives a tree in which some leaves are structured weights; and `lift` runs the **unmodified**
 # model on that tree. Everything else is the JAX that you already write: `grad`, `jit`, optax.
 #
-# We take a small pretrained Llama that comes with the package (2.5 million parameters, trained on docstrings of the
+# We take a small pretrained Llama that comes with the package (2.4 million parameters, trained on docstrings of the
 # Python standard library) and teach it a task it has not seen: from a function's signature to its one-line summary.
 
 # %%
