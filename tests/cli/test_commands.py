@@ -138,7 +138,7 @@ def test_chat_data_and_other_fields_of_the_method(tiny, tmp_path):
     [
         (["--rnk", 3], "--rank"),
         (["--rank", "three"], "invalid literal for int"),
-        (["--method", "lroa"], "there is no method 'lroa'; did you mean lora?"),
+        (["--method", "lroa"], "there is no method 'lroa'; did you mean lora"),
         (["--set", "scalling=rslora"], "LoRA has no field 'scalling'; did you mean scaling"),
         (["--set", "scaling"], "--set expects name=value"),
         (["--set", "rank=abc", "--set", "scaling=[3]"], "LoRA.rank expects a int"),
