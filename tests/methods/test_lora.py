@@ -8,16 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from peft_cases import assert_same_as_peft, convolution, embedding, low_rank_tensors, make_case, numbers
 from small_models import make_model
 
 import jpeft
 import jpeft.models
 
 KEY = jax.random.key(0)
-
-
-def numbers(*shape, seed=0):
-    return np.random.default_rng(seed + sum(shape)).normal(size=shape).astype(np.float32)
 
 
 def start(fn, params, *inputs, **options):
@@ -36,80 +33,20 @@ def filled(trainable, seed=0):
 # ---- HF PEFT ----
 
 
-def linear(p, x):
-    return x @ p["kernel"].T + p["bias"]  # torch stores (out, in)
-
-
-def embedding(p, tokens):
-    return p["kernel"][tokens]
-
-
-def convolution(p, x, groups=1, **options):
-    numbers = ("NCHW", "OIHW", "NCHW")
-    return lax.conv_general_dilated(
-        x, p["kernel"], padding=((1, 1), (1, 1)), dimension_numbers=numbers, feature_group_count=groups, **options
-    ) + p["bias"].reshape(-1, 1, 1)
-
-
-def torch_case(name):
-    """`(torch module, function, input, PEFT's A and B from ours)`."""
-    torch = pytest.importorskip("torch")
-    nn = torch.nn
-    flat = lambda a, b: (a.T, b.T)
-    if name == "linear":
-        return nn.Linear(6, 5), linear, numbers(3, 6), flat
-    if name == "embedding":
-        return nn.Embedding(7, 5), embedding, np.array([[1, 6], [0, 1]]), flat
-    stride = {"convolution": 1, "strided convolution": 2}[name]  # PEFT's A forgets a dilation
-    module = nn.Conv2d(4, 6, 3, padding=1, stride=stride)
-    fn = functools.partial(convolution, window_strides=(stride,) * 2)
-    as_kernels = lambda a, b: (a.T.reshape(-1, 4, 3, 3), b.T[:, :, None, None])
-    return module, fn, numbers(2, 4, 6, 6), as_kernels
-
-
 @pytest.mark.parity
 @pytest.mark.parametrize("rslora", [False, True], ids=["standard", "rslora"])
 @pytest.mark.parametrize("name", ["linear", "embedding", "convolution", "strided convolution"])
 @pytest.mark.filterwarnings("ignore")
 def test_the_same_numbers_give_what_peft_gives(name, rslora):
-    torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    module, fn, x, convert = torch_case(name)
-    params = {"kernel": jnp.asarray(module.weight.detach().numpy())}
-    if getattr(module, "bias", None) is not None:
-        params["bias"] = jnp.asarray(module.bias.detach().numpy())
-    options = {"rank": 3, "alpha": 5.0}
-    method, trainable, frozen = start(fn, params, x, scaling="rslora" if rslora else "standard", **options)
-    trainable = filled(trainable)
-    ours = trainable["kernel"]
-
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["0"], use_rslora=rslora)
-    model = peft.get_peft_model(torch.nn.Sequential(module), config).eval()
-    layer = model.base_model.model[0]
-    if name == "embedding":
-        theirs = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
-    else:
-        theirs = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    for parameter, value in zip(theirs, convert(ours.a, ours.b), strict=True):
-        assert tuple(parameter.shape) == value.shape
-        parameter.data = torch.from_numpy(np.array(value))
-
-    @jax.jit
-    def run(trainable, frozen):
-        apply = lambda t: jpeft.lift(fn)(method.bind(t, frozen), x)
-        grads = jax.grad(lambda t: jnp.sin(apply(t)).sum())(trainable)
-        return apply(trainable), grads, jpeft.merge(method.bind(trainable, frozen))["kernel"]
-
-    out, grads, merged = run(trainable, frozen)
-    expected = model(torch.from_numpy(x))
-    torch.sin(expected).sum().backward()
-    near = functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5)
-    near(out, expected.detach().numpy())
-    for parameter, grad in zip(theirs, convert(grads["kernel"].a, grads["kernel"].b), strict=True):
-        scale = max(1.0, float(np.abs(grad).max()))
-        near(grad / scale, parameter.grad.numpy() / scale)
-    near(merged, model.merge_and_unload()[0].weight.detach().numpy())
+    case = make_case(name)
+    assert_same_as_peft(
+        case,
+        jpeft.LoRA(rank=3, alpha=5.0, scaling="rslora" if rslora else "standard", targets="kernel"),
+        peft.LoraConfig(r=3, lora_alpha=5, target_modules=["0"], use_rslora=rslora),
+        low_rank_tensors,
+        lambda w: case.factors(w.a, w.b),
+    )
 
 
 # ---- closed form ----

@@ -1,0 +1,107 @@
+"""One layer in torch and as a function, and the comparison that every method HF PEFT has must pass."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jpeft
+
+near = functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5)
+
+
+def numbers(*shape, seed=0):
+    return np.random.default_rng(seed + sum(shape)).normal(size=shape).astype(np.float32)
+
+
+def linear(p, x):
+    return x @ p["kernel"].T + p["bias"]  # torch stores (out, in)
+
+
+def embedding(p, tokens):
+    return p["kernel"][tokens]
+
+
+def convolution(p, x, groups=1, **options):
+    dims = ("NCHW", "OIHW", "NCHW")
+    return jax.lax.conv_general_dilated(
+        x, p["kernel"], padding=((1, 1), (1, 1)), dimension_numbers=dims, feature_group_count=groups, **options
+    ) + p["bias"].reshape(-1, 1, 1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A torch layer, the function that it is, an input, and PEFT's shapes of our A (in, r) and B (r, out)."""
+
+    module: Any
+    fn: Callable
+    x: Any
+    factors: Callable
+    vector: Callable = lambda v: v
+
+    @property
+    def params(self):
+        params = {n: jnp.asarray(p.detach().numpy()) for n, p in self.module.named_parameters()}
+        return {"kernel" if n == "weight" else n: p for n, p in params.items()}
+
+
+def make_case(name: str) -> Case:
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    flat = lambda a, b: (a.T, b.T)
+    if name == "linear":
+        return Case(torch.nn.Linear(6, 5), linear, numbers(3, 6), flat)
+    if name == "embedding":
+        return Case(torch.nn.Embedding(7, 5), embedding, np.array([[1, 6], [0, 1]]), flat)
+    stride = {"convolution": 1, "strided convolution": 2}[name]  # PEFT's A forgets a dilation
+    module = torch.nn.Conv2d(4, 6, 3, padding=1, stride=stride)
+    fn = functools.partial(convolution, window_strides=(stride,) * 2)
+    kernels = lambda a, b: (a.T.reshape(-1, 4, 3, 3), b.T[:, :, None, None])
+    return Case(module, fn, numbers(2, 4, 6, 6), kernels, lambda v: v.reshape(1, -1, 1, 1))
+
+
+def assert_same_as_peft(case: Case, method, config, theirs_of: Callable, ours_of: Callable) -> None:
+    """The same random trainables give the same output, gradients and merge, fp32 within 1e-5.
+
+    `theirs_of(layer)` are PEFT's trainable tensors, `ours_of(weight)` ours in the same order and shapes.
+    """
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    sites = jpeft.find_sites(case.fn, case.params, case.x)
+    start = jax.jit(lambda k, p: method.init(k, p, sites))
+    trainable, frozen = start(jax.random.key(0), case.params)
+    rng = np.random.default_rng(0)
+    trainable = jax.tree.map(lambda x: jnp.asarray(x + rng.normal(size=x.shape) / 2, x.dtype), trainable)
+
+    model = peft.get_peft_model(torch.nn.Sequential(case.module), config).eval()
+    theirs = theirs_of(model.base_model.model[0])
+    for parameter, value in zip(theirs, ours_of(trainable["kernel"]), strict=True):
+        assert tuple(parameter.shape) == value.shape
+        parameter.data = torch.from_numpy(np.array(value))
+
+    @jax.jit
+    def run(trainable, frozen):
+        apply = lambda t: jpeft.lift(case.fn)(method.bind(t, frozen), case.x)
+        grads = jax.grad(lambda t: jnp.sin(apply(t)).sum())(trainable)
+        return apply(trainable), grads, jpeft.merge(method.bind(trainable, frozen))["kernel"]
+
+    out, grads, merged = run(trainable, frozen)
+    expected = model(torch.from_numpy(case.x))
+    torch.sin(expected).sum().backward()
+    near(out, expected.detach().numpy())
+    for parameter, grad in zip(theirs, ours_of(grads["kernel"]), strict=True):
+        scale = max(1.0, float(np.abs(grad).max()))
+        near(grad / scale, parameter.grad.numpy() / scale)
+    near(merged, model.merge_and_unload()[0].weight.detach().numpy())
+
+
+def low_rank_tensors(layer) -> tuple:
+    """PEFT's A and B of a layer."""
+    if hasattr(layer, "lora_embedding_A") and "default" in layer.lora_embedding_A:
+        return layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
