@@ -209,9 +209,9 @@ class _Interpreter:
     def operation(self, eqn, operands) -> list:
         try:
             op, x, view = _OPS[eqn.primitive.name](eqn, operands)
+            return [view.weight.apply(op, x)]
         except ops.NotAnOp as reason:
             return compat.bind(eqn, [self.settle(v, eqn, str(reason)) for v in operands])
-        return [view.weight.apply(op, x)]
 
     def settle(self, value, eqn=None, reason: str = ""):
         """A value as an array: a vector, or a matrix that the caller allowed, becomes dense; others are refused."""

@@ -53,9 +53,6 @@ class Decomposed(LowRank):
         matrix = whole * self._factor()[..., None, :]
         return from_matrix(matrix, self.labels, self.shape).astype(self.dtype)
 
-    def _wide(self):
-        return jnp.promote_types(jnp.promote_types(self.a.dtype, self.dtype), jnp.float32)
-
     def _factor(self):
         """magnitude / ‖V‖, the norm held constant."""
         matrix = to_matrix(dense(self.base), self.labels).astype(self._wide())

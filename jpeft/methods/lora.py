@@ -65,8 +65,12 @@ class LowRank(Weight):
         update = from_matrix(self._update(), self.labels, self.shape)
         return (dense(self.base).astype(update.dtype) + update).astype(self.dtype)
 
+    def _wide(self):
+        """The dtype that merging computes in."""
+        return jnp.promote_types(jnp.promote_types(self.a.dtype, self.dtype), jnp.float32)
+
     def _update(self):
-        wide = jnp.promote_types(jnp.promote_types(self.a.dtype, self.dtype), jnp.float32)
+        wide = self._wide()
         product = jnp.matmul(self.a.astype(wide), self.b.astype(wide), precision="highest")
         return product * jnp.asarray(self.scale, wide)
 
