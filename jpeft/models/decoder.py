@@ -167,6 +167,12 @@ class Attention(nnx.Module):
         return self.o_proj(out.reshape(*x.shape[:2], -1)), (keys, values)
 
 
+@jax.checkpoint
+def gated(gate: Array, up: Array) -> Array:
+    """`silu(gate) * up`; the backward pass computes it again, so that only the two inputs are kept for it."""
+    return jax.nn.silu(gate) * up
+
+
 class MLP(nnx.Module):
     """`down(silu(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202)."""
 
@@ -177,7 +183,7 @@ class MLP(nnx.Module):
         self.down_proj = Linear(ff, d, config, rngs, bias=bias)
 
     def __call__(self, x: Array) -> Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nnx.Module):
