@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 
+from jpeft.core.calibrate import calibrate
 from jpeft.core.doors import from_linen, from_nnx
 from jpeft.core.lift import DensifyError, lift
 from jpeft.core.method import Method, chain, count, labels, merge, trainable_mask

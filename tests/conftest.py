@@ -21,3 +21,11 @@ hypothesis.settings.load_profile("jpeft")
 @pytest.fixture(params=MODELS)
 def model(request) -> Model:
     return make_model(request.param)
+
+
+def pytest_collection_modifyitems(items):
+    """The laws of one method on one model next to each other, so that one worker makes what they share once."""
+    together = lambda item: (
+        item.callspec.id if item.path.name == "test_contract.py" and hasattr(item, "callspec") else ""
+    )
+    items.sort(key=lambda item: (str(item.path), together(item)))

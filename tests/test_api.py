@@ -9,7 +9,19 @@ import pytest
 
 import jpeft
 
-FUNCTIONS = {"chain", "combine", "count", "find_sites", "from_linen", "from_nnx", "labels", "lift", "merge", "methods"}
+FUNCTIONS = {
+    "calibrate",
+    "chain",
+    "combine",
+    "count",
+    "find_sites",
+    "from_linen",
+    "from_nnx",
+    "labels",
+    "lift",
+    "merge",
+    "methods",
+}
 FUNCTIONS |= {"partition", "trainable_mask"}
 CLASSES = {"DensifyError", "Method", "Site", "Sites", "Weight"}
 HEAVY = ("torch", "transformers", "grain", "rich", "tyro", "matplotlib", "orbax", "flax", "optax", "safetensors")

@@ -251,16 +251,18 @@ class _Interpreter:
         fixed, carry = operands[:n_consts], [self.settle(v, eqn) for v in operands[n_consts : n_consts + n_carry]]
         scanned = operands[n_consts + n_carry :]
         arrays, rebuild = _unpack([self._scanned(v, eqn) for v in scanned])
+        layers = [a.without_unstacked() if _is_weight(a) else a for a in arrays]
         passed: dict[int, int] = {}
 
-        def body(carry, arrays):
-            slices = rebuild(arrays)
+        def body(carry, layer):
+            whole = [w.with_unstacked(a) if _is_weight(w) else w for w, a in zip(layer, arrays, strict=True)]
+            slices = rebuild(whole)
             outs = self.jaxpr(jaxpr, consts, [*fixed, *carry, *slices])
             carry = [self.settle(v) for v in outs[:n_carry]]
             return carry, self.without_passed(outs[n_carry:], slices, passed)
 
         keep = {k: eqn.params[k] for k in ("length", "reverse", "unroll")}
-        carry, stacked = lax.scan(body, carry, arrays, **keep)
+        carry, stacked = lax.scan(body, carry, layers, **keep)
         return [*carry, *(scanned[passed[k]] if k in passed else out for k, out in enumerate(stacked))]
 
     def without_passed(self, outs, inside, passed: dict[int, int]) -> list:

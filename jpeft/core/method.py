@@ -2,6 +2,9 @@
 
 trainable, frozen = method.init(key, params, sites)      every array in exactly one half
 params'           = method.bind(trainable, frozen)       the tree with Weights in it
+
+Where several leaves use one array (a projection for all layers, a scale for a kernel and its bias), the halves hold it
+once, next to the tree, in a `Tied`; `bind` puts it into every Weight that names it.
 """
 
 from __future__ import annotations
@@ -10,10 +13,11 @@ import dataclasses
 import math
 import operator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 
+from jpeft.core.export import Export
 from jpeft.core.sites import Site, Sites
 from jpeft.core.targets import Targets, select
 from jpeft.core.tree import combine, key_for_path, leaves_with_paths, map_with_paths, partition, path_string
@@ -35,6 +39,10 @@ class Method:
         KINDS: kinds of sites that the method can adapt.
         NO_OP_AT_START: whether the bound tree computes the pretrained function at first.
         FORMS_DENSE_UPDATE: why the forward needs a dense update; empty where it forms none.
+        ADDS_FROZEN: why the frozen half is larger than the base; empty where it is not.
+        CALIBRATION: what `init` must be told besides the params, as words in a sentence; empty for nothing.
+        OBSERVES: what `calibrate` shows the method for that: see there.
+        EXPORT: how HF PEFT writes the method's adapters; None where it does not have the method.
         SMALL: hyperparameters that suit matrices of a few dozen rows, for tests and tables.
     """
 
@@ -44,6 +52,10 @@ class Method:
     KINDS: ClassVar[tuple[str, ...]] = ("dense", "experts", "embedding", "conv")
     NO_OP_AT_START: ClassVar[bool] = True
     FORMS_DENSE_UPDATE: ClassVar[str] = ""
+    ADDS_FROZEN: ClassVar[str] = ""
+    CALIBRATION: ClassVar[str] = ""
+    OBSERVES: ClassVar[Literal["", "inputs", "gradients", "weights"]] = ""
+    EXPORT: ClassVar[Export | None] = None
     SMALL: ClassVar[dict[str, Any]] = {}
 
     def __post_init__(self):
@@ -58,6 +70,17 @@ class Method:
         """The Weight that adapts one leaf. `leaf` is an array or a Weight; `key` is the path's own."""
         raise TypeError(f"{type(self).__name__} defines no wrap")
 
+    def wrap_calibrated(self, key: jax.Array, leaf, site: Site, given) -> Weight:
+        """As `wrap`, with what the calibration says of the path; None where it says nothing.
+
+        `given` is `{field: array}`, a `Saved`, where a saved adapter is loaded: fields that are not made again.
+        """
+        return self.wrap(key, leaf, site)
+
+    def shared(self, key: jax.Array, params, chosen: dict[str, Site]) -> dict[str, jax.Array]:
+        """`{name: array}` of what several Weights use together; they say by `Weight.tied` which. Default: nothing."""
+        return {}
+
     def check(self, site: Site) -> str | None:
         """What is wrong with adapting this site, as a sentence; None where nothing is."""
         return None
@@ -67,21 +90,54 @@ class Method:
 
         Pure: works under `jit` and `eval_shape`, on `ShapeDtypeStruct`s through the latter.
 
+        Args:
+            calibration: `{path: what the method learns from data}`, made by `calibrate`; only for methods that ask.
+
         Raises:
-            ValueError: a target that matches nothing; a site that the method cannot adapt; sites of another tree.
+            ValueError: a target that matches nothing; a site that the method cannot adapt; sites of another tree; no
+                calibration where the method needs one, or one that lacks a site.
         """
         chosen = self.chosen(sites)
         whole = select(sites, self.modules_to_save, _ANY_KIND) if self.modules_to_save else {}
         _check_paths({**chosen, **whole}, params)
+        given = self._calibration_of(chosen, calibration)
 
         def place(path, leaf):
             if path in whole:
                 return Unfrozen(leaf, axes=whole[path].axes.lstrip("s"))
-            return self.wrap(key_for_path(key, path), leaf, chosen[path]) if path in chosen else leaf
+            if path not in chosen:
+                return leaf
+            return self.wrap_calibrated(key_for_path(key, path), leaf, chosen[path], given.get(path))
 
         bound = map_with_paths(place, params)
         own = lambda path, leaf: _outer_mask(leaf) if path in chosen or path in whole else _none_of(leaf)
-        return partition(bound, map_with_paths(own, bound))
+        mask = map_with_paths(own, bound)
+        arrays = self.shared(key, params, chosen)
+        if not arrays:
+            return partition(bound, mask)
+        trains = {name: False for name in arrays}
+        for path, leaf in leaves_with_paths(bound):
+            if path in chosen:
+                trains |= {name: field in leaf.trainable_fields() for field, name in leaf.tied().items()}
+        return partition(Tied(bound, arrays), Tied(mask, trains))
+
+    def _calibration_of(self, chosen: dict[str, Site], calibration) -> dict[str, Any]:
+        if calibration is None and not self.CALIBRATION:
+            return {}
+        name = type(self).__name__
+        if calibration is None:
+            raise ValueError(
+                f"{name} starts from {self.CALIBRATION}; write\n"
+                f"  calibration = jpeft.calibrate(apply, params, sites, batches, method={name}(...))\n"
+                "  method.init(key, params, sites, calibration)"
+            )
+        missing = [path for path in chosen if path not in calibration]
+        if self.CALIBRATION and missing:
+            raise ValueError(
+                f"the calibration says nothing of {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; "
+                f"it was made with other targets: call jpeft.calibrate with this {name}"
+            )
+        return dict(calibration)
 
     def chosen(self, sites: Sites) -> dict[str, Site]:
         """`{path: site}` of what the method adapts, checked.
@@ -99,7 +155,24 @@ class Method:
     def bind(self, trainable, frozen, key: jax.Array | None = None) -> Any:
         """The tree with Weights in it. A key switches on what is random in training (dropout)."""
         bound = combine(trainable, frozen)
+        if isinstance(bound, Tied):
+            bound = map_with_paths(lambda _, leaf: _filled(leaf, bound.arrays), bound.tree)
         return bound if key is None else _randomized(bound, key)
+
+    def observe(self, state, seen: jax.Array, site: Site) -> Any:
+        """What `calibrate` keeps of a site after one more batch; `state` is None at first."""
+        raise TypeError(f"{type(self).__name__} observes nothing")
+
+    def conclude(self, states: dict[str, Any], chosen: dict[str, Site]) -> dict[str, Any]:
+        """`{path: what init is given}` after the last batch. Default: the states as they are."""
+        return states
+
+    def exported(self, trainable, frozen) -> tuple[Method, Any]:
+        """`(method, trainable)` that compute the same on the original params, as other libraries know them.
+
+        Default: these themselves. A method that changes the base says here which plain one its adapter amounts to.
+        """
+        return self, trainable
 
     def optimizer(self, tx):
         """The optax transformation that this method trains with, around the user's own. Default: that itself."""
@@ -108,6 +181,27 @@ class Method:
     def penalty(self, trainable) -> jax.Array | float:
         """A term to add to the loss. Default: none."""
         return 0.0
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Tied:
+    """A tree whose Weights lack the fields that they share, and those arrays by name."""
+
+    tree: Any
+    arrays: dict[str, Any]
+
+
+class Saved(dict):
+    """`{field: array}` of one leaf's Weight in a saved adapter: given to `init` in place of a calibration."""
+
+
+def _filled(leaf, arrays):
+    """A Weight with its tied fields put in; one that an earlier method of a chain filled stays."""
+    if not isinstance(leaf, Weight):
+        return leaf
+    missing = {field: name for field, name in leaf.tied().items() if getattr(leaf, field) is None}
+    return leaf.replace(**{field: arrays[name] for field, name in missing.items()}) if missing else leaf
 
 
 _ANY_KIND = ("dense", "experts", "embedding", "conv", "scale", "bias", "other")
@@ -172,11 +266,17 @@ class Chain:
         return all(m.NO_OP_AT_START for m in self.methods)
 
     def init(self, key, params, sites: Sites, calibration=None):
-        """`((trainable, ...), (frozen, ...))`, one entry a method; every array in exactly one of them."""
+        """`((trainable, ...), (frozen, ...))`, one entry a method; every array in exactly one of them.
+
+        `calibration` is a tuple with one entry a method, as `calibrate` makes it for a chain.
+        """
         trainables, frozens = [], []
         bound = params
+        calibration = (None,) * len(self.methods) if calibration is None else calibration
+        if len(calibration) != len(self.methods):
+            raise ValueError(f"expected {len(self.methods)} calibrations, one a method, got {len(calibration)}")
         for n, method in enumerate(self.methods):
-            trainable, frozen = method.init(jax.random.fold_in(key, n), bound, sites, calibration)
+            trainable, frozen = method.init(jax.random.fold_in(key, n), bound, sites, calibration[n])
             if n:
                 supplied = {id(x): k for k, x in enumerate(jax.tree.leaves(bound, is_leaf=_is_none)) if x is not None}
                 kept = {id(x) for x in jax.tree.leaves(frozen)}
@@ -263,12 +363,24 @@ def _placed(array, weight: Weight):
 
 
 def trainable_mask(bound) -> Any:
-    """A tree of booleans like `bound`: True where an array trains. For `optax.masked`."""
+    """A tree of booleans like `bound`: True where an array trains. For `optax.masked`.
+
+    Raises:
+        ValueError: a trainable array stands in several leaves; in one tree its copies would drift apart.
+    """
+    tied = [
+        path for path, w in leaves_with_paths(bound) if isinstance(w, Weight) and set(w.tied()) & w.trainable_fields()
+    ]
+    if tied:
+        raise ValueError(
+            f"{', '.join(tied[:5])} share what they train; expected a method without shared trainables, "
+            "or train the half that `init` gives: grads = jax.grad(loss)(trainable, frozen)"
+        )
     return map_with_paths(lambda _, leaf: _full_mask(leaf), bound)
 
 
 def labels(bound) -> Any:
-    """A tree of `"trainable"` and `"frozen"` like `bound`. For `optax.multi_transform`."""
+    """A tree of `"trainable"` and `"frozen"` like `bound`. For `optax.multi_transform`. Raises as `trainable_mask`."""
     return jax.tree.map(lambda train: "trainable" if train else "frozen", trainable_mask(bound))
 
 
@@ -299,10 +411,23 @@ def count(tree) -> Count:
 
     The total holds the adapters' own parameters too, as HF PEFT counts.
     """
-    groups = []
+    groups, seen = [], set()
     for path, leaf in leaves_with_paths(tree):
+        leaf = _without_seen(leaf, seen)
         sizes = [math.prod(x.shape) for x in jax.tree.leaves(leaf)]
         mask = jax.tree.leaves(_full_mask(leaf))
         train = sum(n for n, t in zip(sizes, mask, strict=True) if t)
         groups.append((path, train, sum(sizes)))
     return Count(sum(g[1] for g in groups), sum(g[2] for g in groups), tuple(groups))
+
+
+def _without_seen(leaf, seen: set):
+    """A Weight without the shared arrays that an earlier leaf has shown."""
+    if not isinstance(leaf, Weight):
+        return leaf
+    marks = {
+        field: (type(leaf), name, getattr(getattr(leaf, field), "shape", None)) for field, name in leaf.tied().items()
+    }
+    again = [field for field, mark in marks.items() if mark in seen]
+    seen.update(marks.values())
+    return leaf.replace(base=_without_seen(leaf.base, seen), **dict.fromkeys(again))

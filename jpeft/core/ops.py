@@ -4,11 +4,12 @@ Each is a view of one jaxpr equation, with the same verbs, so that a method is w
 
     base(x, array)    the equation itself, on a dense array of the leaf's shape
     inputs(x)         x in the order of the matrix form: (*batch, *free, in)         (not for convolutions, lookups)
+    map_inputs(x, fn) x after `fn` on that form, in x's own order                    (not for convolutions, lookups)
     contract(x, m)    x with a matrix (*batch, in, k) in place of the leaf            -> (*batch, *free, k)
     mix(h, m)         h (*batch, *free, k) with a matrix (*batch, k, out)             -> (*batch, *free, out)
     restore(y)        y (*batch, *free, out) in the shape of the equation's result
-    spread(v)         a vector for each output, (*batch, out), so that it broadcasts to (*batch, *free, out)
-    scale_inputs(x,v) x with its contracted entries times a vector (*batch, in)       (a dot_general only)
+    map_outputs(y,fn) the equation's result after `fn` on its (*batch, *free, out)
+    spread(v)         a vector for each output (or input), (*batch, n), so that it broadcasts to (*batch, *free, n)
 
 `transposed` says that the equation contracts the leaf's output axes (a tied head): then `in` and `out` change places.
 An equation that does not contract all inputs or all outputs of the leaf raises `NotAnOp`.
@@ -62,8 +63,14 @@ class _Op:
     def spread(self, v):
         return v.reshape(*(1,) * (self.x_ndim - 1), v.shape[-1])
 
-    def scale_inputs(self, x, v):
+    def inputs(self, x):
         raise NotAnOp("the inputs are not a plain product's")
+
+    def map_inputs(self, x, fn):
+        return fn(self.inputs(x))
+
+    def map_outputs(self, y, fn):
+        return self.restore(fn(self.outputs(y)))  # type: ignore[attr-defined]
 
     def _cast(self, x, m):
         return m.astype(x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else self.dtype)
@@ -81,6 +88,18 @@ class _Op:
             order = [len(lead) + parts.index(p) for p in wanted]
             y = jnp.transpose(y, [*range(len(lead)), *order])
         return y.reshape(*lead, *(self.layout.shape[a] for a in free_axes))
+
+    def _merge_out(self, y, free_axes, letter: str):
+        """The inverse of `_split_out`: the last axes of `y`, the view axes `free_axes`, as one in base order."""
+        parts = self._base_parts(letter)
+        wanted = [p for axis in free_axes for p in self.layout.axes[axis] if self.layout.size(p) != 1]
+        if sorted(wanted) != sorted(parts):
+            raise NotAnOp("only part of the leaf's free axes is left")
+        lead = y.shape[: y.ndim - len(free_axes)]
+        if wanted != parts:
+            y = y.reshape(*lead, *map(self.layout.size, wanted))
+            y = jnp.transpose(y, [*range(len(lead)), *(len(lead) + wanted.index(p) for p in parts)])
+        return y.reshape(*lead, -1)
 
 
 @dataclass(frozen=True)
@@ -139,6 +158,18 @@ class Dot(_Op):
             x = jnp.transpose(x, [*range(len(lead)), *(len(lead) + parts.index(p) for p in sorted(parts))])
         return x if x.ndim == len(lead) + 1 else x.reshape(*lead, -1)
 
+    def map_inputs(self, x, fn):
+        cx, cw, bx, _ = self._dims
+        y = fn(self.inputs(x))
+        lead = y.shape[:-1]
+        parts = [p for axis in cw for p in self.layout.axes[axis] if self.layout.size(p) != 1]
+        if parts != sorted(parts):
+            y = y.reshape(*lead, *map(self.layout.size, sorted(parts)))
+            y = jnp.transpose(y, [*range(len(lead)), *(len(lead) + sorted(parts).index(p) for p in parts)])
+        y = y.reshape(*lead, *(x.shape[k] for k in cx))
+        order = [bx[n] for n in self._batch_order] + self._x_free + list(cx)
+        return y if order == list(range(y.ndim)) else jnp.transpose(y, [order.index(k) for k in range(y.ndim)])
+
     def contract(self, x, m):
         return self.mix(self.inputs(x), m)
 
@@ -153,27 +184,32 @@ class Dot(_Op):
         return lax.dot_general(h, m, dims, precision=self.params.get("precision"))
 
     def restore(self, y):
-        batch, free = len(self._w_batch), len(self._x_free)
-        used = {*self._dims[1], *self._dims[3]}
-        free_w = [a for a in range(len(self.layout.axes)) if a not in used]
-        y = self._split_out(y, free_w, "i" if self.transposed else "o")
-        order = [self._batch_order.index(n) for n in range(batch)]
-        x_axes, w_axes = list(range(batch, batch + free)), list(range(batch + free, y.ndim))
-        order += x_axes + w_axes if self.side == 1 else w_axes + x_axes
+        y = self._split_out(y, self._w_free, "i" if self.transposed else "o")
+        order = self._result_order
         return y if order == list(range(y.ndim)) else jnp.transpose(y, order)
+
+    def outputs(self, y):
+        order = self._result_order
+        if order != list(range(y.ndim)):
+            y = jnp.transpose(y, [order.index(k) for k in range(y.ndim)])
+        return self._merge_out(y, self._w_free, "i" if self.transposed else "o")
+
+    @property
+    def _w_free(self) -> list[int]:
+        used = {*self._dims[1], *self._dims[3]}
+        return [a for a in range(len(self.layout.axes)) if a not in used]
+
+    @property
+    def _result_order(self) -> list[int]:
+        """For each axis of the equation's result, its place in `(*batch, *free, *the leaf's free axes)`."""
+        batch, free = len(self._w_batch), len(self._x_free)
+        x_axes = list(range(batch, batch + free))
+        w_axes = list(range(batch + free, batch + free + len(self._w_free)))
+        order = [self._batch_order.index(n) for n in range(batch)]
+        return order + (x_axes + w_axes if self.side == 1 else w_axes + x_axes)
 
     def spread(self, v):
         return v.reshape(*v.shape[:-1], *(1 for _ in self._x_free), v.shape[-1])
-
-    def scale_inputs(self, x, v):
-        cx, cw, bx, _ = self._dims
-        parts = [p for axis in cw for p in self.layout.axes[axis] if self.layout.size(p) != 1]
-        lead = v.shape[:-1]
-        v = v.reshape(*lead, *map(self.layout.size, sorted(parts)))
-        v = jnp.transpose(v, [*range(len(lead)), *(len(lead) + sorted(parts).index(p) for p in parts)])
-        v = v.reshape(*lead, *(1 for _ in self._x_free), *(self.layout.shape[a] for a in cw))
-        order = [bx[n] for n in self._batch_order] + self._x_free + list(cx)
-        return x * jnp.transpose(v, [order.index(k) for k in range(x.ndim)]).astype(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -217,8 +253,14 @@ class RaggedDot(_Op):
         return jnp.repeat(v, self.sizes, axis=0, total_repeat_length=self.rows)
 
     def restore(self, y):
-        free = [a for a in (1, 2) if a != self._right]  # type: ignore[attr-defined]
-        return self._split_out(y, free, "i" if self.transposed else "o")
+        return self._split_out(y, self._w_free, "i" if self.transposed else "o")
+
+    def outputs(self, y):
+        return self._merge_out(y, self._w_free, "i" if self.transposed else "o")
+
+    @property
+    def _w_free(self) -> list[int]:
+        return [a for a in (1, 2) if a != self._right]  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -272,6 +314,14 @@ class Gather(_Op):
         source = tuple(range(y.ndim - len(free), y.ndim))
         return jnp.moveaxis(y, source, self.params["dimension_numbers"].offset_dims)
 
+    def outputs(self, y):
+        numbers, row = self.params["dimension_numbers"], self._row_axis  # type: ignore[attr-defined]
+        free = [a for a in range(len(self.layout.axes)) if a != row]
+        y = jnp.moveaxis(y, numbers.offset_dims, tuple(range(y.ndim - len(numbers.offset_dims), y.ndim)))
+        if not numbers.collapsed_slice_dims:
+            y = y.squeeze(y.ndim - len(free) - 1 + row)
+        return self._merge_out(y, free, "i" if self.transposed else "o")
+
 
 @dataclass(frozen=True)
 class Conv(_Op):
@@ -311,3 +361,6 @@ class Conv(_Op):
 
     def restore(self, y):
         return jnp.moveaxis(y, -1, self.params["dimension_numbers"].out_spec[1])
+
+    def outputs(self, y):
+        return jnp.moveaxis(y, self.params["dimension_numbers"].out_spec[1], -1)

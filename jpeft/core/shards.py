@@ -34,7 +34,7 @@ def field_specs(weight: Weight, split) -> Weight:
             raise ValueError(f"a {type(weight).__name__} cannot be cut along the {letter!r} axes that the mesh splits")
     lead = [names for names, c in zip(split, letters, strict=True) if c in "sb"]
     specs = {
-        name: PartitionSpec(*lead, *(merged.get(c) for c in fields))
+        name: PartitionSpec(*(() if name in weight.UNSTACKED else lead), *(merged.get(c) for c in fields))
         for name, fields in weight.FIELDS.items()
         if getattr(weight, name) is not None
     }

@@ -50,11 +50,15 @@ class Weight:
         FIELDS: field name -> letters of its trailing axes: `i` merged inputs, `o` merged outputs, others its own.
         TRAINABLE: names of the fields that `init` puts in the trainable half.
         SLICEABLE: which of `i` and `o` may be sliced by slicing the fields (the map is linear in them).
+        UNSTACKED: names of the fields without stack and batch axes: one array for all layers.
+        SAVED: names of the frozen fields that belong into a saved adapter, as nothing can make them again.
     """
 
     FIELDS: ClassVar[dict[str, str]] = {}
     TRAINABLE: ClassVar[frozenset[str]] = frozenset()
     SLICEABLE: ClassVar[str] = ""
+    UNSTACKED: ClassVar[frozenset[str]] = frozenset()
+    SAVED: ClassVar[frozenset[str]] = frozenset()
 
     base: Any
     axes: str
@@ -87,9 +91,24 @@ class Weight:
         """Names of this instance's trainable fields."""
         return self.TRAINABLE
 
+    def tied(self) -> dict[str, str]:
+        """`{field: name}` of the fields that the method keeps once for several leaves; None until `bind` fills them."""
+        return {}
+
     def why_not_merge(self) -> str | None:
         """Why this Weight has no dense form; None where it has one."""
         return self.base.why_not_merge() if isinstance(self.base, Weight) else None
+
+    def standing_for(self, array: jax.Array) -> Weight:
+        """A Weight of the same kind for another dense array: a compressing Weight encodes it.
+
+        Raises:
+            ValueError: the Weight adapts what it stands for, and would lose it.
+        """
+        raise ValueError(
+            f"this method changes the weights that it adapts, and a {type(self).__name__} stands there already; "
+            "put the method first in the chain"
+        )
 
     def randomized(self, key: jax.Array) -> Weight:
         """The Weight with what is random in training switched on. Default: nothing is."""
@@ -118,6 +137,8 @@ class Weight:
 
     def _field_along(self, name: str, axis: int, letter: str, fn):
         field, letters = getattr(self, name), self.FIELDS[name]
+        if letter in "sb" and name in self.UNSTACKED:
+            return field
         if letter in "sb":
             return fn(field, sum(c in "sb" for c in self.labels[:axis]))
         if letter not in letters:
@@ -137,13 +158,24 @@ class Weight:
         if axis == 0 and written < 0:
             return self
         at = sum(c in "sb" for c in self.labels[:axis])
-        moved = {n: jnp.moveaxis(getattr(self, n), at, 0) for n in self.FIELDS if getattr(self, n) is not None}
+        stacked = [n for n in self.FIELDS if n not in self.UNSTACKED and getattr(self, n) is not None]
+        moved = {n: jnp.moveaxis(getattr(self, n), at, 0) for n in stacked}
         if isinstance(self.base, Weight):
             base = self.base.stack_first(axis)
         else:
             base = jnp.moveaxis(self.base, axis, 0)
         axes = self.axes if written < 0 else self.axes[:written] + self.axes[written + 1 :]
         return self.replace(**moved, base=base, axes=axes)
+
+    def without_unstacked(self) -> Self:
+        """The Weight with None for its unstacked fields: what `scan` takes apart by layers."""
+        base = self.base.without_unstacked() if isinstance(self.base, Weight) else self.base
+        return self.replace(base=base, **dict.fromkeys(self.UNSTACKED))
+
+    def with_unstacked(self, whole: Weight) -> Self:
+        """The Weight with the unstacked fields of `whole`."""
+        base = self.base.with_unstacked(whole.base) if isinstance(self.base, Weight) else self.base
+        return self.replace(base=base, **{name: getattr(whole, name) for name in self.UNSTACKED})
 
 
 @weight

@@ -41,7 +41,7 @@ class Decomposed(LowRank):
     def apply(self, op, x):
         factor = self._factor()
         if op.transposed:
-            return super().apply(op, op.scale_inputs(x, factor))
+            return super().apply(op, op.map_inputs(x, lambda x: x * op.spread(factor).astype(x.dtype)))
         factor = op.spread(factor)
         low_rank = op.mix(op.contract(self._dropped(x), self.a), self.b) * self.scale
         y = apply(op, x, self.base)

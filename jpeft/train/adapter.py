@@ -1,4 +1,8 @@
-"""An adapter folder: the method as JSON, the trainable arrays as safetensors, and what base they belong to."""
+"""An adapter folder: the method as JSON, the trainable arrays as safetensors, and what base they belong to.
+
+Frozen arrays are made again from the seed and the base; those that cannot be (a start taken from data) lie in a second
+file, `frozen.safetensors`.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.flax import load_file, save_file
 
-from jpeft.core.method import Chain, chain
-from jpeft.core.tree import path_string
+from jpeft.core.method import Chain, Saved, chain
+from jpeft.core.tree import leaves_with_paths, path_string
+from jpeft.core.weight import Weight
 
 __all__ = [
     "encode_method",
@@ -114,22 +119,37 @@ def unflatten(flat: Mapping[str, Any], like, what: str) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), [flat[p] for p, _ in paths])
 
 
-def save_adapter(folder: str | Path, method, trainable, *, base: str, base_fingerprint, seed: int) -> None:
-    """Write `method.json` and `trainable.safetensors`; each file appears whole or not at all.
+def save_adapter(folder: str | Path, method, trainable, frozen, *, base: str, base_fingerprint, seed: int) -> None:
+    """Write `method.json`, `trainable.safetensors` and, where there is need, `frozen.safetensors`, each whole or not at all.
 
-    `seed` is that of the key given to `method.init`: whatever is frozen and random is made again from it.
+    `seed` is that of the key given to `method.init`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = {path: np.asarray(x) for path, x in flatten(trainable).items()}
-    partial = folder / "trainable.safetensors.partial"
-    partial.touch()
-    ordinary = partial.stat().st_mode
-    save_file({path: jnp.asarray(x) for path, x in arrays.items()}, str(partial))
-    partial.chmod(ordinary)  # safetensors makes files that only their owner reads
-    os.replace(partial, folder / "trainable.safetensors")
+    kept = _saved_fields(frozen)
+    if kept:
+        _save_arrays(folder / "frozen.safetensors", kept)
+    else:
+        (folder / "frozen.safetensors").unlink(missing_ok=True)
+    _save_arrays(folder / "trainable.safetensors", flatten(trainable))
     written = {"method": encode_method(method), "base": base, "seed": seed, "fingerprint": base_fingerprint}
     write_text(folder / "method.json", json.dumps(written, indent=1))
+
+
+def _saved_fields(frozen) -> dict[str, Any]:
+    """`{path/field: array}` of the frozen fields that nothing can make again, by the data on each Weight's class."""
+    weights = [(path, w) for path, w in leaves_with_paths(frozen) if isinstance(w, Weight)]
+    fields = {f"{path}/{name}": getattr(w, name) for path, w in weights for name in w.SAVED}
+    return {path: x for path, x in fields.items() if hasattr(x, "dtype")}
+
+
+def _save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.touch()
+    ordinary = partial.stat().st_mode
+    save_file({name: jnp.asarray(np.asarray(x)) for name, x in arrays.items()}, str(partial))
+    partial.chmod(ordinary)  # safetensors makes files that only their owner reads
+    os.replace(partial, path)
 
 
 def read_adapter(folder: str | Path) -> dict[str, Any]:
@@ -157,10 +177,24 @@ def load_adapter(folder: str | Path, params, sites, methods: Mapping[str, type])
     saved = read_adapter(folder)
     refuse_other_base(saved["fingerprint"], params, f"the adapter in {folder}")
     method = decode_method(saved["method"], methods)
-    start, frozen = method.init(jax.random.key(saved["seed"]), params, sites)
-    path = Path(folder) / "trainable.safetensors"
+    path, more = Path(folder) / "trainable.safetensors", Path(folder) / "frozen.safetensors"
     arrays = _load_arrays(path, load_file)
+    kept = _load_arrays(more, load_file) if more.is_file() else {}
+    given = _saved_leaves(method, {**arrays, **kept})
+    start, frozen = method.init(jax.random.key(saved["seed"]), params, sites, given)
     return method, unflatten(arrays, start, str(path)), frozen
+
+
+def _saved_leaves(method, arrays: Mapping[str, Any]) -> Any:
+    """The arrays by leaf, as `init` takes them in place of a calibration; for a chain one such mapping a method."""
+    if isinstance(method, Chain):
+        part = lambda n: {p.removeprefix(f"{n}/"): x for p, x in arrays.items() if p.startswith(f"{n}/")}
+        return tuple(_saved_leaves(m, part(n)) for n, m in enumerate(method.methods))
+    leaves: dict[str, Saved] = {}
+    for path, x in arrays.items():
+        leaf, _, field = path.removeprefix("tree/").rpartition("/")
+        leaves.setdefault(leaf, Saved())[field] = x
+    return leaves
 
 
 def write_text(path: Path, text: str) -> None:

@@ -79,6 +79,7 @@ def fit(
         folder.path / "adapter",
         method,
         state.trainable,
+        frozen,
         base=config.model or "",
         base_fingerprint=base,
         seed=config.seed,

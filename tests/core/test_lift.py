@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jpeft
-from jpeft.core.weight import Weight, matrix_sizes, static, weight
+from jpeft.core.weight import Weight, from_matrix, matrix_sizes, static, to_matrix, weight
 from jpeft.methods.lora import LowRank
 
 KINDS = ("dense", "experts", "embedding", "conv")
@@ -98,6 +98,48 @@ def test_einsums(spec, x, w):
     x, w = (x, w) if first else (w, x)
     fn = lambda p, x: jnp.einsum(spec, *((x, p["w"]) if first else (p["w"], x)))
     agree(fn, adapt(fn, {"w": numbers(*w)}, numbers(*x)), numbers(*x))
+
+
+@weight
+class Between(Weight):
+    """`left @ base @ right` in matrix form: what orthogonal and scaling methods do to inputs and outputs."""
+
+    base: jax.Array
+    left: jax.Array
+    right: jax.Array
+    axes: str = static()
+
+    FIELDS = {"left": "ij", "right": "po"}
+
+    def apply(self, op, x):
+        left, right = (self.right.mT, self.left.mT) if op.transposed else (self.left, self.right)
+        y = op.base(op.map_inputs(x, lambda h: op.mix(h, left)), self.base)
+        return op.map_outputs(y, lambda h: op.mix(h, right))
+
+    def dense(self):
+        matrix = to_matrix(self.base, self.labels)
+        return from_matrix(self.left @ matrix @ self.right, self.labels, self.shape)
+
+
+@pytest.mark.parametrize(("spec", "x", "w"), EINSUMS, ids=[e[0] for e in EINSUMS])
+def test_maps_of_inputs_and_outputs(spec, x, w):
+    left, _ = spec.split("->")[0].split(",")
+    first = len(left) == len(x) and spec not in ("io,bi->bo", "io,bi->ob")
+    x, w = (x, w) if first else (w, x)
+    x, w = numbers(*x), jnp.asarray(numbers(*w))
+    fn = lambda p, x: jnp.einsum(spec, *((x, p["w"]) if first else (p["w"], x)))
+    axes = next(s.axes for s in jpeft.find_sites(fn, {"w": w}, x))
+    lead, n_in, n_out = matrix_sizes(w.shape, axes)
+    bound = {"w": Between(w, numbers(*lead, n_in, n_in), numbers(*lead, n_out, n_out), axes=axes)}
+    np.testing.assert_allclose(jpeft.lift(fn)(bound, x), fn(jpeft.merge(bound), x), atol=2e-5)
+
+
+def test_maps_of_a_tied_head():
+    fn = lambda p, x: (x @ p["w"].T, x[:, :3] @ p["w"])
+    w, x = jnp.asarray(numbers(3, 4)), numbers(2, 4)
+    bound = {"w": Between(w, numbers(3, 3), numbers(4, 4), axes="io")}
+    for got, wanted in zip(jpeft.lift(fn)(bound, x), fn(jpeft.merge(bound), x), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=2e-5)
 
 
 def test_every_order_of_dot_general_with_every_layout_of_the_leaf():

@@ -25,7 +25,7 @@ def saved(base, tmp_path):
     params, sites = base
     trainable, frozen = METHOD.init(jax.random.key(5), params, sites)
     trainable = jax.tree.map(lambda x: x + 1, trainable)
-    save_adapter(tmp_path / "a", METHOD, trainable, base="m", base_fingerprint=fingerprint_of(params), seed=5)
+    save_adapter(tmp_path / "a", METHOD, trainable, frozen, base="m", base_fingerprint=fingerprint_of(params), seed=5)
     return tmp_path / "a", trainable, frozen
 
 
