@@ -120,9 +120,9 @@ def unflatten(flat: Mapping[str, Any], like, what: str) -> Any:
 
 
 def save_adapter(folder: str | Path, method, trainable, frozen, *, base: str, base_fingerprint, seed: int) -> None:
-    """Write `method.json`, `trainable.safetensors` and, where there is need, `frozen.safetensors`, each whole or not at all.
+    """Write `method.json`, `trainable.safetensors` and, where there is need, `frozen.safetensors`.
 
-    `seed` is that of the key given to `method.init`.
+    Each file appears whole or not at all. `seed` is that of the key given to `method.init`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
