@@ -30,7 +30,7 @@ __all__ = ["calibrate"]
 def calibrate(
     fn: Callable, params, sites: Sites, batches: Iterable = (), *, method, loss: Callable | None = None, mask=None
 ) -> Any:
-    """`{path: what the method learns}`, for `method.init(key, params, sites, calibration)`; a tuple of them for a chain.
+    """`{path: what the method learns}`, for `method.init(key, params, sites, calibration)`; for a chain a tuple.
 
     Args:
         fn, params, sites: the function, its pretrained params, and what `find_sites` found.
