@@ -62,12 +62,12 @@ def complete(apply, bound, text, prompts: list[list[int]], **options) -> list[st
     return [text.decode(row) for row in ids]
 
 
-def matched(method, params, sites) -> tuple[str, int, int]:
+def matched(method, params, sites, calibration=None) -> tuple[str, int, int]:
     """`(table, trainable, total)`: what the method matches and how many parameters it trains."""
     import jax
 
     import jpeft
 
-    trainable, frozen = jax.eval_shape(lambda p: method.init(jax.random.key(0), p, sites), params)
+    trainable, frozen = jax.eval_shape(lambda p: method.init(jax.random.key(0), p, sites, calibration or None), params)
     count = jpeft.count(method.bind(trainable, frozen))
     return str(count), count.trainable, count.total

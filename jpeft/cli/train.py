@@ -35,13 +35,16 @@ def run(arguments: Sequence[str]) -> None:
     length = _length(config, apply.config.max_position_embeddings)
     examples = encode_records(text, training, length), encode_records(text, held_out, length)
     sites = model.sites_of(apply, params)
-    table, trainable, total = model.matched(method, params, sites)
+    from jpeft.train.calibration import calibration_for
+
+    calibration = calibration_for(apply, params, sites, method, examples[0], config, length)
+    table, trainable, total = model.matched(method, params, sites, calibration)
     print(f"{method}\n{table}\n")
     print(_data_line(examples, length), flush=True)
 
     from jpeft.train.loop import fit
 
-    result = fit(apply, params, sites, method, *examples, config, length, folder)
+    result = fit(apply, params, sites, method, *examples, config, length, folder, calibration)
     if not result.finished:
         print(f"stopped at step {result.steps}; all is saved, and the same command goes on from there")
         return

@@ -52,8 +52,8 @@ def calibrate(
         >>> jpeft.calibrate(apply, params, sites, [x], method=jpeft.LoRA(rank=2))
         {}
     """
-    batches = [b if isinstance(b, tuple) else (b,) for b in batches]
     if isinstance(method, Chain):
+        batches = list(batches) if any(m.CALIBRATION for m in method.methods) else ()
         each = partial(calibrate, fn, params, sites, batches, loss=loss, mask=mask)
         return tuple(each(method=m) for m in method.methods)
     if not method.CALIBRATION:
@@ -62,6 +62,7 @@ def calibrate(
     name = type(method).__name__
     if method.OBSERVES == "weights":
         return {path: leaf for path, leaf in leaves_with_paths(params) if path in chosen}
+    batches = [b if isinstance(b, tuple) else (b,) for b in batches]
     if not batches:
         raise ValueError(f"{name} starts from {method.CALIBRATION}; expected at least one batch, got none")
     if method.OBSERVES == "gradients" and loss is None:

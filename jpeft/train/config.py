@@ -28,6 +28,7 @@ class TrainConfig:
         sequence_length: tokens in a row; 1024, or the model's context where that is shorter, when absent.
         packing: put several records in one row, apart from each other by segment.
         batch_size: rows in a batch.
+        calibration_batches: batches shown, before the first step, to a method that starts from data.
         accumulation: microbatches that a batch is cut into, to save memory; the update stays the same.
         max_steps: optimizer steps; counted from `epochs` when absent.
         epochs: passes over the data when `max_steps` is absent.
@@ -61,6 +62,7 @@ class TrainConfig:
     sequence_length: int | None = None
     packing: bool = True
     batch_size: int = 8
+    calibration_batches: int = 8
     accumulation: int = 1
     max_steps: int | None = None
     epochs: float = 3.0
@@ -85,6 +87,7 @@ class TrainConfig:
         wrong = []
         positive = (
             "batch_size",
+            "calibration_batches",
             "accumulation",
             "epochs",
             "learning_rate",

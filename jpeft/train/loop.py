@@ -49,8 +49,11 @@ def fit(
     config: TrainConfig,
     length: int,
     folder: RunFolder | None = None,
+    calibration=None,
 ) -> Result:
     """Fine-tune `params` by `method`, writing all but the samples and the summary into the run's folder.
+
+    `calibration` is what a method that starts from data is given, by `calibration_for`.
 
     SIGTERM and the first SIGINT save a checkpoint and return; the same call then goes on from there.
 
@@ -64,7 +67,7 @@ def fit(
     rate = lambda step: np.asarray(planned(step)).item()
     tx = method.optimizer(adamw(config.learning_rate, steps, config.warmup, config.weight_decay, config.clip_norm))
     key = jax.random.key(config.seed)
-    trainable, frozen = method.init(key, params, sites)
+    trainable, frozen = method.init(key, params, sites, calibration or None)
     state = init_state(trainable, tx)
     step_fn, evaluate = make_step(apply, method, tx, config.accumulation), make_evaluation(apply)
     held_out_batches = data.fixed_batches(held_out, length, config.batch_size, config.packing)
