@@ -157,7 +157,8 @@ class _Interpreter:
         """A value as an array: a vector, or a matrix that the caller allowed, becomes dense; others are refused."""
         if not isinstance(value, View):
             return value
-        matrix = sum(c != "s" and n != 1 for c, n in zip(value.weight.labels, value.weight.shape, strict=True)) > 1
+        sizes = [(c, n) for c, n in zip(value.weight.labels, value.weight.shape, strict=True) if c != "s" and n != 1]
+        matrix = len(sizes) > 1 and any(c == "i" for c, _ in sizes)  # a bias of heads has two axes, and no inputs
         if matrix and not (self.densify and self.densify.search(value.path)):
             met = f"`{eqn.primitive.name}` at {compat.source_line(eqn)}" if eqn is not None else "the function's result"
             raise DensifyError(

@@ -614,10 +614,10 @@ def test_uses_that_the_axes_do_not_describe_are_refused_with_the_reason(axes, sh
 
 
 def test_vectors_densify_freely():
-    fn = lambda p, x: (
-        x * jnp.exp(p["scale"]) + lax.scan(lambda c, b: (c + jnp.sin(b), None), p["bias"][0], p["bias"])[0]
-    )
+    scanned = lambda biases: lax.scan(lambda c, b: (c + jnp.sin(b), None), biases[0], biases)[0]
+    fn = lambda p, x: x * jnp.exp(p["scale"]) + scanned(p["bias"]) + p["of heads"]
     bound = {"scale": adapted(numbers(4), "o", 1), "bias": adapted(numbers(3, 4), "so", 1)}
+    bound["of heads"] = adapted(numbers(2, 4), "oo", 1)
     agree(fn, bound, numbers(2, 4))
 
 
