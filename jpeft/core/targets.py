@@ -16,10 +16,20 @@ Targets = str | Sequence[str] | Callable[[Site], bool]
 _ATTENTION = re.compile(r"attn|attention|(^|/)(q|k|v|o|query|key|value|out)(_proj|_einsum)?/", re.IGNORECASE)
 _MLP = re.compile(r"mlp|feed_?forward|ffn|(gate|up|down)_proj|intermediate", re.IGNORECASE)
 
+_KEY_VALUE = re.compile(r"(^|/)(k|v|key|value)(_proj|_einsum)?(/|$)", re.IGNORECASE)
+_DOWN = re.compile(
+    r"(^|/)(down|down_proj|w2|fc2|fc_out|linear2|lin2|dense_4h_to_h)(/|$)"  # as Llama, Mixtral, OPT, DistilBERT, BLOOM
+    r"|(mlp|ffn|feed_?forward|DenseReluDense)[^/]*/(wo|c_proj|output)(/|$)"  # as T5, GPT-2
+    r"|(?<!attention/)output/dense(/|$)",  # as BERT, whose attention has one too
+    re.IGNORECASE,
+)
+
 PRESETS: dict[str, Callable[[Site], bool]] = {
     "all-linear": lambda site: site.kind == "dense" and not site.head,
     "attention": lambda site: site.kind == "dense" and not site.head and bool(_ATTENTION.search(site.path)),
     "mlp": lambda site: site.kind == "dense" and not site.head and bool(_MLP.search(site.path)),
+    "key-value": lambda site: site.kind == "dense" and bool(_KEY_VALUE.search(site.path)),
+    "down": lambda site: site.kind in ("dense", "experts") and not site.head and bool(_DOWN.search(site.path)),
     "embedding": lambda site: site.kind == "embedding",
     "conv": lambda site: site.kind == "conv",
     "experts": lambda site: site.kind == "experts",

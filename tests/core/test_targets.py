@@ -27,6 +27,7 @@ def test_presets(sites, plain):
     assert len(linear) == 3 * 6 and not any("embed" in path for path in linear)
     attention, mlp = (set(select(sites, name, DENSE)) for name in ("attention", ["up", "down"]))
     assert len(attention) == 3 * 4 and attention | mlp == set(linear)
+    assert set(select(sites, ["key-value", "down"], DENSE)) == set(select(sites, ["key", "value", "down"], DENSE))
     assert set(select(sites, "embedding", ("embedding",))) == {"embed/embedding"}
     assert len(select(sites, "norm", ("scale",))) == 3 * 2 + 1
     assert set(select(plain, "conv", ("conv",))) == {"conv"}
@@ -41,7 +42,22 @@ def test_every_preset_is_of_sites_in_a_decoder():
     names = lambda preset: [path.split("/")[-2] for path in select(sites, preset, DENSE)]
     assert sorted(names("attention")) == ["k_proj", "o_proj", "q_proj", "v_proj"]
     assert sorted(names("mlp")) == ["down_proj", "gate_proj", "up_proj"]
+    assert sorted(names("key-value") + names("down")) == ["down_proj", "k_proj", "v_proj"]
     assert sorted(names("all-linear")) == sorted(names("attention") + names("mlp"))
+
+
+@pytest.mark.parametrize(
+    ("preset", "kinds"),
+    [
+        ("key-value", "SelfAttention/v/kernel attention/self/key/weight k_proj|attn/kv_einsum c_attn/kernel q/v_norm"),
+        ("down", "mlp/c_proj/w DenseReluDense/wo/w 0/output/dense/w fc2/w|attn/c_proj/w attention/output/dense/w up/w"),
+    ],
+)
+def test_presets_know_the_names_of_many_models(preset, kinds):
+    found, passed = (names.split() for names in kinds.split("|"))
+    site = lambda path: jpeft.core.sites.Site(path, "dense", (2, 3), jnp.float32, "io", 1, 1)
+    matched = [path for path in found + passed if PRESETS[preset](site(path))]
+    assert matched == found
 
 
 LLAMA = {
