@@ -34,6 +34,7 @@ class Site:
         flops: floating-point operations of those uses (a multiply-add counts two).
         head: whether it maps to a vocabulary (as many outputs as an embedding has rows).
         line: where in the model's code.
+        channels: of a convolution, the axis of its input channels, counted from the last (-2 in HWIO, -3 in OIHW).
     """
 
     path: str
@@ -45,6 +46,7 @@ class Site:
     flops: int
     head: bool = False
     line: str = ""
+    channels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ class _Tracer:
     def sites(self) -> list[Site]:
         return list(self.found.values())
 
-    def record(self, leaf: _Leaf, kind: str, axes: str | None, times: int, flops: int, eqn) -> None:
+    def record(self, leaf: _Leaf, kind: str, axes: str | None, times: int, flops: int, eqn, channels=None) -> None:
         axes = axes if axes is not None else "?" * len(leaf.shape)
         self.last.pop(leaf.path, None)
         self.last[leaf.path] = None
@@ -184,7 +186,8 @@ class _Tracer:
             self.found[key] = replace(old, calls=old.calls + times, flops=old.flops + times * flops)
         else:
             line = compat.source_line(eqn)
-            self.found[key] = Site(leaf.path, kind, leaf.shape, leaf.dtype, axes, times, times * flops, line=line)
+            more = {"line": line, "channels": channels}
+            self.found[key] = Site(leaf.path, kind, leaf.shape, leaf.dtype, axes, times, times * flops, **more)
 
     def jaxpr(self, jaxpr, values, times: int) -> list:
         env = dict(zip(jaxpr.invars, values, strict=True))
@@ -334,11 +337,13 @@ def _gather(tracer, eqn, operands, times):
 def _conv(tracer, eqn, operands, times):
     leaf = operands[1]
     if leaf is not None:
-        out = eqn.params["dimension_numbers"].rhs_spec[0]
+        out, channels = eqn.params["dimension_numbers"].rhs_spec[:2]
         shape = eqn.invars[1].aval.shape
         window = tuple(k for k in range(len(shape)) if k != out)
         flops = 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[k] for k in window)
-        tracer.record(leaf, "conv", leaf.letters(window), times, flops, eqn)
+        axis = leaf.layout.base_axis(channels)
+        channels = None if axis is None else leaf.alive[axis] - len(leaf.shape)
+        tracer.record(leaf, "conv", leaf.letters(window), times, flops, eqn, channels)
 
 
 _USES: dict[str, Callable] = {

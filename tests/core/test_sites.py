@@ -182,6 +182,19 @@ def test_axes_kinds_calls_and_flops(name):
     assert found(lambda p, x: fn(p["w"], x), {"w": shape(*w)}, shape(*x)) == {"w": expected}
 
 
+@pytest.mark.parametrize("order", ["HWIO", "OIHW", "OHWI"])
+@pytest.mark.parametrize("layers", [0, 2])
+def test_the_channels_of_a_convolution_are_found_in_any_order_and_under_a_stack(order, layers):
+    def fn(p, x):
+        conv = lambda x, w: lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", order, "NHWC"))
+        return lax.scan(lambda x, w: (conv(x, w), None), x, p["w"])[0] if layers else conv(x, p["w"])
+
+    kernel = [{"H": 3, "W": 5, "I": 4, "O": 4}[letter] for letter in order]
+    sites = jpeft.find_sites(fn, {"w": shape(*[layers] * bool(layers), *kernel)}, shape(1, 6, 6, 4))
+    assert sites["w"].channels == order.index("I") - 4
+    assert jpeft.find_sites(lambda p, x: x @ p["w"], {"w": shape(4, 5)}, shape(3, 4))["w"].channels is None
+
+
 def test_axes_that_are_used_both_ways_at_once_are_not_guessed():
     sites = jpeft.find_sites(
         lambda p, x: jnp.einsum("bi,jio->jbo", x, p["w"].reshape(2, 2, 5)), {"w": shape(4, 5)}, shape(3, 2)
