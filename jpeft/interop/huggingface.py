@@ -6,14 +6,10 @@ where the name has a `{}`, the stack over layers; `transpose` turns `(out, in)` 
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +18,21 @@ import jax
 import jax.numpy as jnp  # with it ml_dtypes, from which safetensors knows bfloat16
 import numpy as np
 import safetensors
-from safetensors.numpy import save_file
+
+from jpeft.interop.files import (
+    Stored,
+    header,
+    raise_together,
+    read_json,
+    renamed_when_complete,
+    write_json,
+    write_tensors,
+)
 
 __all__ = ["Tensor", "folder", "read", "write"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -38,7 +44,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
 @dataclass(frozen=True)
@@ -57,15 +62,6 @@ class Tensor:
         """The shape of each of them."""
         one = tuple(shape[1:] if "{}" in self.name else shape)
         return one[::-1] if self.transpose else one
-
-
-@dataclass(frozen=True)
-class Stored:
-    """What a safetensors header says of a tensor."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
 
 
 def folder(path: str | Path) -> Path:
@@ -144,7 +140,7 @@ def _headers(path: Path) -> dict[str, Stored]:
     if (path / SINGLE).exists():
         files = [path / SINGLE]
     elif (path / INDEX).exists():
-        names = sorted(set(_json(path / INDEX).get("weight_map", {}).values()))
+        names = sorted(set(read_json(path / INDEX).get("weight_map", {}).values()))
         files = [path / name for name in names]
         if absent := [file.name for file in files if not file.exists()]:
             raise FileNotFoundError(f"{path / INDEX} names {len(files)} files, of which these are absent: {absent}")
@@ -152,28 +148,7 @@ def _headers(path: Path) -> dict[str, Stored]:
         others = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
         hint = f"; found {others}: save the model again as safetensors" if others else ""
         raise FileNotFoundError(f"expected {SINGLE} or {INDEX} in {path}{hint}")
-    return {name: tensor for file in files for name, tensor in _header(file).items()}
-
-
-def _header(file: Path) -> dict[str, Stored]:
-    """A safetensors file is 8 bytes (the header's length), the header in JSON, the tensors' bytes."""
-    actual = file.stat().st_size
-    with file.open("rb") as stream:
-        start = 8 + int.from_bytes(stream.read(8), "little")
-        if start > actual:
-            raise ValueError(f"{file} is truncated: expected {start} bytes or more, got {actual}; download it again")
-        try:
-            header = json.loads(stream.read(start - 8))
-        except ValueError:
-            raise ValueError(
-                f"expected a safetensors header in {file}, got something else; download it again"
-            ) from None
-    header.pop("__metadata__", None)
-    expected = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if expected != actual:
-        what = "truncated" if actual < expected else "damaged"
-        raise ValueError(f"{file} is {what}: expected {expected} bytes, got {actual}; download it again")
-    return {name: Stored(file, tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()}
+    return {name: tensor for file in files for name, tensor in header(file).items()}
 
 
 def _check_tensors(path, rows, leaves, stored: dict[str, Stored], ignored: Sequence[str]) -> None:
@@ -194,18 +169,7 @@ def _check_tensors(path, rows, leaves, stored: dict[str, Stored], ignored: Seque
             f"{name}: {stored[name].dtype}" for name in shared if stored[name].dtype not in DTYPES
         ],
     }
-    _raise_together(f"the tensors in {path} are not those that its config.json describes", groups)
-
-
-def _raise_together(what: str, groups: dict[str, list[str]], most: int = 8) -> None:
-    """One error for all differences, each group cut to `most` lines."""
-    lines = [what + ":"]
-    for title, found in groups.items():
-        if found:
-            lines += [f"  {len(found)} {title}:", *(f"    {line}" for line in found[:most])]
-            lines += [f"    ... and {len(found) - most} more"] if len(found) > most else []
-    if len(lines) > 1:
-        raise ValueError("\n".join(lines))
+    raise_together(f"the tensors in {path} are not those that its config.json describes", groups)
 
 
 def write(
@@ -246,11 +210,11 @@ def write(
         if row.path in leaves
         for k, name in enumerate(row.names(leaves[row.path].shape))
     ]
-    with _renamed_when_complete(path, overwrite) as temporary:
+    with renamed_when_complete(path, overwrite) as temporary:
         _write_tensors(temporary, pieces, max_shard_bytes)
         dtype = jnp.result_type(*{leaf.dtype for leaf in leaves.values()}).name
         config = {k: v for k, v in config.items() if k != "torch_dtype"} | {"dtype": dtype}
-        _write_json(temporary / "config.json", config)
+        write_json(temporary / "config.json", config)
         if tokenizer_from is not None:
             source = tokenizer_from if tokenizer_from.is_dir() else tokenizer_from.parent
             for name in TOKENIZER_FILES:
@@ -272,7 +236,7 @@ def _check_params(leaves: dict, wanted: dict) -> None:
             f"{p}: {type(leaf).__name__}" for p, leaf in leaves.items() if not isinstance(leaf, jax.Array | np.ndarray)
         ],
     }
-    _raise_together("the parameters are not those that the config describes", groups)
+    raise_together("the parameters are not those that the config describes", groups)
 
 
 def _write_tensors(path: Path, pieces: list, max_shard_bytes: int) -> None:
@@ -290,49 +254,17 @@ def _write_tensors(path: Path, pieces: list, max_shard_bytes: int) -> None:
     files = [f"model-{k:05}-of-{len(shards):05}.safetensors" if many else SINGLE for k in range(1, len(shards) + 1)]
     for file, shard in zip(files, shards, strict=True):
         tensors = {name: _stored(row, k, leaf) for name, row, k, leaf in shard}
-        (path / file).touch()
-        ordinary = (path / file).stat().st_mode
-        save_file(tensors, path / file, metadata={"format": "pt"})
-        (path / file).chmod(ordinary)  # safetensors makes files that only their owner reads
+        write_tensors(path / file, tensors)
     if many:
         total = sum(leaf.nbytes for leaf in {id(leaf): leaf for *_, leaf in pieces}.values())
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name, *_ in shard}
-        _write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _stored(row: Tensor, layer: int, leaf) -> np.ndarray:
     """One tensor of a leaf as Hugging Face stores it."""
     one = np.asarray(leaf[layer] if "{}" in row.name else leaf)
     return np.ascontiguousarray(one.T if row.transpose else one)
-
-
-@contextmanager
-def _renamed_when_complete(path: Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder that takes the place of `path` at the end, and is removed where anything fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        complete = temporary / "new"
-        complete.mkdir()  # with ordinary permissions, which mkdtemp does not give
-        yield complete
-        if overwrite and path.exists():
-            os.rename(path, temporary / "old")
-        os.rename(complete, path)
-    finally:
-        if (temporary / "old").exists() and not path.exists():
-            os.rename(temporary / "old", path)
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"expected JSON in {path}: {error}") from None
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _flat(tree, prefix: str = "") -> Iterator[tuple[str, Any]]:

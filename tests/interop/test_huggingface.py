@@ -179,12 +179,12 @@ def test_nothing_is_overwritten_unless_asked(saved, params):
 
 
 def test_a_failed_save_leaves_the_old_folder_and_nothing_else(saved, params, monkeypatch):
-    from jpeft.interop import huggingface
+    from jpeft.interop import files
 
     def full(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(huggingface, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(OSError, match="no space"):
         models.save(saved, params, CONFIG, overwrite=True)
     assert_equal(models.load(saved)[1], params)
