@@ -48,7 +48,7 @@ def run(arguments: Sequence[str]) -> None:
     if not result.finished:
         print(f"stopped at step {result.steps}; all is saved, and the same command goes on from there")
         return
-    bound = method.bind(result.trainable, result.frozen)
+    bound = result.method.bind(result.trainable, result.frozen)
     if config.samples:
         folder.write("samples.md", _samples(apply, params, bound, text, _spread(held_out, config.samples), config))
     summary = {

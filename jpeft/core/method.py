@@ -113,6 +113,7 @@ class Method:
         own = lambda path, leaf: _outer_mask(leaf) if path in chosen or path in whole else _none_of(leaf)
         mask = map_with_paths(own, bound)
         arrays = self.shared(key, params, chosen)
+        arrays |= {name: x for name, x in given.get(Saved.SHARED, {}).items() if name in arrays}
         if not arrays:
             return partition(bound, mask)
         trains = {name: False for name in arrays}
@@ -154,9 +155,7 @@ class Method:
 
     def bind(self, trainable, frozen, key: jax.Array | None = None) -> Any:
         """The tree with Weights in it. A key switches on what is random in training (dropout)."""
-        bound = combine(trainable, frozen)
-        if isinstance(bound, Tied):
-            bound = map_with_paths(lambda _, leaf: _filled(leaf, bound.arrays), bound.tree)
+        bound = _untied(combine(trainable, frozen))
         return bound if key is None else _randomized(bound, key)
 
     def observe(self, state, seen: jax.Array, site: Site) -> Any:
@@ -174,9 +173,20 @@ class Method:
         """
         return self, trainable
 
+    def for_steps(self, steps: int) -> Method:
+        """The method for a run of so many optimizer steps; one with a schedule plans it here. Default: itself."""
+        return self
+
     def optimizer(self, tx):
         """The optax transformation that this method trains with, around the user's own. Default: that itself."""
         return tx
+
+    def after_training(self, trainable, frozen) -> tuple[Method, Any, Any]:
+        """`(method, trainable, frozen)` that are worth keeping after the last step. Default: these themselves.
+
+        Outside `jit`: shapes may follow from the numbers.
+        """
+        return self, trainable, frozen
 
     def penalty(self, trainable) -> jax.Array | float:
         """A term to add to the loss. Default: none."""
@@ -193,14 +203,19 @@ class Tied:
 
 
 class Saved(dict):
-    """`{field: array}` of one leaf's Weight in a saved adapter: given to `init` in place of a calibration."""
+    """`{field: array}` of one leaf's Weight in a saved adapter: given to `init` in place of a calibration.
+
+    Under the key `SHARED`, in place of a path, are the arrays that the leaves share, by name.
+    """
+
+    SHARED = None
 
 
 def _filled(leaf, arrays):
     """A Weight with its tied fields put in; one that an earlier method of a chain filled stays."""
     if not isinstance(leaf, Weight):
         return leaf
-    missing = {field: name for field, name in leaf.tied().items() if getattr(leaf, field) is None}
+    missing = {f: name for f, name in leaf.tied().items() if getattr(leaf, f) is None and name in arrays}
     return leaf.replace(**{field: arrays[name] for field, name in missing.items()}) if missing else leaf
 
 
@@ -311,6 +326,16 @@ class Chain:
             bound = method.bind(trainable[n], own)
         return bound if key is None else _randomized(bound, key)
 
+    def for_steps(self, steps: int) -> Chain:
+        """The chain of each method for so many steps."""
+        return Chain(tuple(method.for_steps(steps) for method in self.methods))
+
+    def after_training(self, trainable, frozen):
+        """What is worth keeping of each method."""
+        each = zip(self.methods, trainable, frozen, strict=True)
+        methods, *halves = zip(*(method.after_training(t, f) for method, t, f in each), strict=True)
+        return Chain(methods), *halves
+
     def optimizer(self, tx):
         """Every method's transformation around the former ones'."""
         for method in self.methods:
@@ -368,9 +393,8 @@ def trainable_mask(bound) -> Any:
     Raises:
         ValueError: a trainable array stands in several leaves; in one tree its copies would drift apart.
     """
-    tied = [
-        path for path, w in leaves_with_paths(bound) if isinstance(w, Weight) and set(w.tied()) & w.trainable_fields()
-    ]
+    shares = lambda w: isinstance(w, Weight) and bool(set(w.tied()) & w.trainable_fields() or shares(w.base))
+    tied = [path for path, w in leaves_with_paths(bound) if shares(w)]
     if tied:
         raise ValueError(
             f"{', '.join(tied[:5])} share what they train; expected a method without shared trainables, "
@@ -412,7 +436,8 @@ def count(tree) -> Count:
     The total holds the adapters' own parameters too, as HF PEFT counts.
     """
     groups, seen = [], set()
-    for path, leaf in leaves_with_paths(tree):
+    whole = jax.tree.map(_untied, tree, is_leaf=lambda x: isinstance(x, Tied))
+    for path, leaf in leaves_with_paths(whole):
         leaf = _without_seen(leaf, seen)
         sizes = [math.prod(x.shape) for x in jax.tree.leaves(leaf)]
         mask = jax.tree.leaves(_full_mask(leaf))
@@ -421,13 +446,29 @@ def count(tree) -> Count:
     return Count(sum(g[1] for g in groups), sum(g[2] for g in groups), tuple(groups))
 
 
+def _untied(half):
+    """One half as a tree whose Weights have the shared arrays."""
+    return map_with_paths(lambda _, leaf: _filled(leaf, half.arrays), half.tree) if isinstance(half, Tied) else half
+
+
 def _without_seen(leaf, seen: set):
-    """A Weight without the shared arrays that an earlier leaf has shown."""
+    """A Weight without the shared arrays that an earlier leaf has shown.
+
+    An array is known by its name and shape among the Weights of a class, and by how many of the class are below: where
+    a method is chained with itself, each has arrays of its own.
+    """
     if not isinstance(leaf, Weight):
         return leaf
-    marks = {
-        field: (type(leaf), name, getattr(getattr(leaf, field), "shape", None)) for field, name in leaf.tied().items()
-    }
+    below = sum(type(w) is type(leaf) for w in _held(leaf))
+    shape = lambda field: getattr(getattr(leaf, field), "shape", None)
+    marks = {field: (type(leaf), below, name, shape(field)) for field, name in leaf.tied().items()}
     again = [field for field, mark in marks.items() if mark in seen]
     seen.update(marks.values())
     return leaf.replace(base=_without_seen(leaf.base, seen), **dict.fromkeys(again))
+
+
+def _held(weight: Weight):
+    """The Weights inside a Weight, from the outside in."""
+    while isinstance(weight.base, Weight):
+        weight = weight.base
+        yield weight

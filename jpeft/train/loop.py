@@ -9,6 +9,7 @@ import signal
 import threading
 import zlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,15 +29,16 @@ __all__ = ["Result", "fit", "total_steps"]
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a run ended. `finished` is False where a signal stopped it; `trainable` and `frozen` bind to the model."""
+    """How a run ended. `finished` is False where a signal stopped it; `method` binds `trainable` and `frozen`."""
 
     finished: bool
     steps: int
     heldout_loss_before: float
     heldout_loss_after: float
     tokens_per_second: float
-    trainable: object
-    frozen: object
+    method: Any
+    trainable: Any
+    frozen: Any
 
 
 def fit(
@@ -63,6 +65,7 @@ def fit(
     config.check()
     folder = folder or RunFolder.plan(config)
     steps = total_steps(config, training, length)
+    method = method.for_steps(steps)
     planned = schedule(config.learning_rate, steps, config.warmup)
     rate = lambda step: np.asarray(planned(step)).item()
     tx = method.optimizer(adamw(config.learning_rate, steps, config.warmup, config.weight_decay, config.clip_norm))
@@ -78,11 +81,9 @@ def fit(
     folder.begin(config)
     checkpoints = Checkpoints(folder.path / "checkpoints")
     save = lambda state, position: checkpoints.save(state, position, settings, base)
-    adapter = lambda state: save_adapter(
+    adapter = lambda *kept: save_adapter(
         folder.path / "adapter",
-        method,
-        state.trainable,
-        frozen,
+        *kept,
         base=config.model or "",
         base_fingerprint=base,
         seed=config.seed,
@@ -106,7 +107,7 @@ def fit(
                 loss = float(metrics["loss"])
                 if not metrics["finite"]:
                     save(state, position)
-                    adapter(state)
+                    adapter(method, state.trainable, frozen)
                     raise _not_finite(done + 1, loss, float(metrics["gradient_norm"]), folder)
                 done += 1
                 tokens = int((batch["segment_ids"] > 0).sum())
@@ -129,11 +130,12 @@ def fit(
                     save(state, batches.get_state())
                     speed.pause()
         save(state, batches.get_state())
-    adapter(state)
+    kept = (method, state.trainable, frozen)
+    if done == steps:
+        kept = method.after_training(state.trainable, frozen)
+    adapter(*kept)
     plot_losses(folder.metrics(), folder.path / "loss.png")
-    return Result(
-        done == steps, done, held_out_losses[0], held_out_losses[-1], speed.tokens_per_second, state.trainable, frozen
-    )
+    return Result(done == steps, done, held_out_losses[0], held_out_losses[-1], speed.tokens_per_second, *kept)
 
 
 def total_steps(config: TrainConfig, training: list[Example], length: int) -> int:

@@ -1,5 +1,6 @@
 """init and bind, chains, merging, masks and counts."""
 
+import dataclasses
 import re
 
 import jax
@@ -137,6 +138,34 @@ def test_a_chain_of_one_is_the_method_and_of_none_an_error():
     assert jpeft.chain(jpeft.LoRA()) == jpeft.LoRA()
     with pytest.raises(ValueError, match="at least one method"):
         jpeft.chain()
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned(jpeft.LoRA):
+    """A LoRA that wants to know the steps, and keeps half of its rank."""
+
+    steps: int = 0
+
+    def for_steps(self, steps):
+        return dataclasses.replace(self, steps=steps)
+
+    def after_training(self, trainable, frozen):
+        half = self.rank // 2
+        mine = lambda w: isinstance(w, Weight) and w.a is not None
+        cut = lambda w: w.replace(a=w.a[..., :half], b=w.b[..., :half, :]) if mine(w) else w
+        kept = jax.tree.map(cut, trainable, is_leaf=lambda x: isinstance(x, Weight))
+        return dataclasses.replace(self, rank=half, alpha=self.alpha / 2), kept, frozen
+
+
+def test_a_method_plans_its_steps_and_says_what_to_keep_of_it_alone_and_in_a_chain():
+    assert jpeft.LoRA().for_steps(7) == jpeft.LoRA()
+    both = jpeft.chain(jpeft.LoRA(rank=2, targets="up"), Planned(rank=4, targets="down")).for_steps(7)
+    assert [getattr(m, "steps", None) for m in both.methods] == [None, 7]
+    trainable, frozen = halves(both)
+    method, kept, frozen = both.after_training(filled(trainable), frozen)
+    assert [m.rank for m in method.methods] == [2, 2]
+    assert kept[1]["down"]["kernel"].a.shape == (8, 2) and kept[0]["up"]["kernel"].a.shape == (6, 2)
+    equals_merged(method, kept, frozen)
 
 
 def test_dropout_in_a_chain_is_switched_on_by_the_key():
