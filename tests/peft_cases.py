@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import jpeft
+from jpeft.core.method import Tied
 
 near = functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5)
 
@@ -80,7 +81,7 @@ def assert_same_as_peft(case: Case, method, config, theirs_of: Callable, ours_of
 
     model = peft.get_peft_model(torch.nn.Sequential(case.module), config).eval()
     theirs = theirs_of(model.base_model.model[0])
-    for parameter, value in zip(theirs, ours_of(trainable["kernel"]), strict=True):
+    for parameter, value in zip(theirs, ours_of(_kernel_of(trainable)), strict=True):
         assert tuple(parameter.shape) == value.shape
         parameter.data = torch.from_numpy(np.array(value))
 
@@ -88,16 +89,27 @@ def assert_same_as_peft(case: Case, method, config, theirs_of: Callable, ours_of
     def run(trainable, frozen):
         apply = lambda t: jpeft.lift(case.fn)(method.bind(t, frozen), case.x)
         grads = jax.grad(lambda t: jnp.sin(apply(t)).sum())(trainable)
-        return apply(trainable), grads, jpeft.merge(method.bind(trainable, frozen))["kernel"]
+        return apply(trainable), grads, jpeft.merge(method.bind(trainable, frozen))
 
     out, grads, merged = run(trainable, frozen)
     expected = model(torch.from_numpy(case.x))
     torch.sin(expected).sum().backward()
     near(out, expected.detach().numpy())
-    for parameter, grad in zip(theirs, ours_of(grads["kernel"]), strict=True):
+    for parameter, grad in zip(theirs, ours_of(_kernel_of(grads)), strict=True):
         scale = max(1.0, float(np.abs(grad).max()))
         near(grad / scale, parameter.grad.numpy() / scale)
-    near(merged, model.merge_and_unload()[0].weight.detach().numpy())
+    unloaded = dict(model.merge_and_unload()[0].named_parameters())
+    near(merged["kernel"], unloaded["weight"].detach().numpy())
+    if "bias" in merged:
+        near(merged["bias"], unloaded["bias"].detach().numpy())
+
+
+def _kernel_of(half):
+    """The kernel's Weight in one half, with the arrays that it shares with others."""
+    if not isinstance(half, Tied):
+        return half["kernel"]
+    weight = half.tree["kernel"]
+    return weight.replace(**{field: half.arrays[name] for field, name in weight.tied().items()})
 
 
 def low_rank_tensors(layer) -> tuple:
@@ -105,3 +117,28 @@ def low_rank_tensors(layer) -> tuple:
     if hasattr(layer, "lora_embedding_A") and "default" in layer.lora_embedding_A:
         return layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
     return layer.lora_A["default"].weight, layer.lora_B["default"].weight
+
+
+def assert_named_as_peft(case: Case, method, config) -> None:
+    """The method's `EXPORT` gives the names and shapes of PEFT's own state dict, and its configuration."""
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(torch.nn.Sequential(case.module), config)
+    state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    theirs = {name.removeprefix("base_model.model.0."): tuple(x.shape) for name, x in state.items()}
+    site = jpeft.find_sites(case.fn, case.params, case.x)["kernel"]
+    trainable, _ = method.init(jax.random.key(0), case.params, jpeft.find_sites(case.fn, case.params, case.x))
+    w, window = trainable["kernel"], site.shape[1:] if site.kind == "conv" else ()
+
+    def shape(field, letters):
+        sizes = dict(zip(w.FIELDS[field], getattr(w, field).shape[-len(w.FIELDS[field]) :], strict=True))
+        one = (1,) * len(window[1:])
+        parts = {**{k: (n,) for k, n in sizes.items()}, "w": one, **({"i": window} if window else {})}
+        return sum((parts.get(letter, (1,)) for letter in letters), ())
+
+    assert {name: shape(*rule) for name, rule in method.EXPORT.tensors[site.kind].items()} == theirs
+    for name, field in method.EXPORT.config.items():
+        value = getattr(method, field) if isinstance(field, str) else getattr(method, field[0]) == field[1]
+        assert getattr(config, name) == value, name
+    assert {name: getattr(config, name) for name in method.EXPORT.fixed} == method.EXPORT.fixed
+    assert config.peft_type == method.EXPORT.peft_type
