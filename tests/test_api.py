@@ -19,6 +19,7 @@ FUNCTIONS = {
     "from_nnx",
     "labels",
     "lift",
+    "lora_plus",
     "merge",
     "methods",
 }

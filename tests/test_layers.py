@@ -47,6 +47,11 @@ def imported(path: Path, tree) -> set[str]:
     return names
 
 
+def for_type_checkers(tree) -> set[int]:
+    blocks = (n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
+    return {id(inner) for block in blocks for inner in ast.walk(block)}
+
+
 def within_functions(tree) -> set[int]:
     functions = (n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.Lambda)))
     return {id(inner) for function in functions for inner in ast.walk(function)}
@@ -63,15 +68,20 @@ def test_a_layer_imports_only_the_layers_below_it(path):
         if first == "jpeft":
             assert rest.split(".")[0] in MAY_IMPORT[here], f"{path} imports {name}"
         elif here in MAY_USE and first not in sys.stdlib_module_names:
-            lazily = path.name == "doors.py" and first == "flax"
-            assert first in MAY_USE[here] or lazily, f"{path} imports {name}"
+            assert first in MAY_USE[here] | lazily(path), f"{path} imports {name}"
 
 
-def test_the_doors_import_flax_only_when_they_are_used():
-    tree = FILES[Path("core/doors.py")]
-    inside = within_functions(tree)
+def lazily(path: Path) -> set[str]:
+    """Packages that a file may import inside its functions alone: the doors Flax, a method's optimizer Optax."""
+    return {"flax"} if path == Path("core/doors.py") else {"optax"} if layer(path) == "methods" else set()
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if lazily(p)], ids=str)
+def test_what_may_be_imported_lazily_is(path):
+    tree = FILES[path]
+    inside = within_functions(tree) | for_type_checkers(tree)
     imports = [n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) and id(n) not in inside]
-    assert not any("flax" in ast.unparse(n) for n in imports)
+    assert not any(package in ast.unparse(n) for n in imports for package in lazily(path))
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)

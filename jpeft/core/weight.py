@@ -52,6 +52,7 @@ class Weight:
         SLICEABLE: which of `i` and `o` may be sliced by slicing the fields (the map is linear in them).
         UNSTACKED: names of the fields without stack and batch axes: one array for all layers.
         SAVED: names of the frozen fields that belong into a saved adapter, as nothing can make them again.
+        UP: names of the trainable fields that map up from a rank to the outputs; they can have a rate of their own.
     """
 
     FIELDS: ClassVar[dict[str, str]] = {}
@@ -59,6 +60,7 @@ class Weight:
     SLICEABLE: ClassVar[str] = ""
     UNSTACKED: ClassVar[frozenset[str]] = frozenset()
     SAVED: ClassVar[frozenset[str]] = frozenset()
+    UP: ClassVar[frozenset[str]] = frozenset()
 
     base: Any
     axes: str

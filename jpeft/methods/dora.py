@@ -11,7 +11,7 @@ dense update:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -80,6 +80,16 @@ class DoRA(LoRA):
         >>> jpeft.DoRA(rank=16, alpha=32).rank
         16
     """
+
+    EXPORT = replace(
+        LoRA.EXPORT,
+        tensors={
+            "dense": {**LoRA.EXPORT.tensors["dense"], "lora_magnitude_vector": ("magnitude", "o")},
+            "embedding": {**LoRA.EXPORT.tensors["embedding"], "lora_magnitude_vector": ("magnitude", "o")},
+            "conv": {**LoRA.EXPORT.tensors["conv"], "lora_magnitude_vector": ("magnitude", "xow")},
+        },
+        fixed={**LoRA.EXPORT.fixed, "use_dora": True},
+    )
 
     def wrap(self, key, leaf, site: Site) -> Decomposed:
         low = super().wrap(key, leaf, site)

@@ -11,18 +11,23 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from jpeft.core.export import Export
 from jpeft.core.method import Method
 from jpeft.core.sites import Site
 from jpeft.core.targets import first_match
+from jpeft.core.tree import leaves_with_paths, map_with_paths
 from jpeft.core.weight import Weight, apply, dense, from_matrix, matrix_sizes, static, weight
 
-__all__ = ["LoRA", "LowRank"]
+if TYPE_CHECKING:
+    import optax
+
+__all__ = ["LoRA", "LowRank", "lora_plus"]
 
 
 @weight
@@ -44,6 +49,7 @@ class LowRank(Weight):
     FIELDS = {"a": "ir", "b": "ro", "key": ""}
     TRAINABLE = frozenset({"a", "b"})
     SLICEABLE = "io"
+    UP = frozenset({"b"})
 
     def trainable_fields(self) -> frozenset[str]:
         return frozenset({"b"}) if self.freeze_a else self.TRAINABLE
@@ -84,36 +90,23 @@ class LowRank(Weight):
 
 
 @dataclass(frozen=True)
-class LoRA(Method):
-    """Low-rank adaptation. Mergeable; exactly the pretrained function at the start.
+class _LowRankMethod(Method):
+    """What the methods that train `s·A·B` have in common, whatever they start from.
 
     Fields:
         rank, alpha: the update's rank and its scale's numerator.
         scaling: `"standard"` (alpha / rank) or `"rslora"` (alpha / √rank).
         dropout: rate on the input of A, on only while `bind` is given a key.
-        init_a: A's start: `"kaiming"`, `"gaussian"` (std 1/rank), or `"orthogonal"` (A·B = 0 with both nonzero).
         rank_pattern, alpha_pattern: `{regex: value}` on paths, first match wins; each must match an adapted site.
-        freeze_a: train B alone (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303).
         dtype: of A and B; by default float32 for bases of 16 bits or fewer, else the base's.
-
-    Raises:
-        ValueError: from the constructor: a rank below 1, dropout outside [0, 1), an unknown scaling, init_a or dtype;
-            from `init`: a rank above min(in, out) of a site, a pattern that matches no adapted site.
-
-    Example:
-        >>> import jpeft
-        >>> jpeft.LoRA(rank=16, alpha=32, targets=["q_proj", "v_proj"], rank_pattern={"v_proj": 4}).rank
-        16
     """
 
     rank: int = 8
     alpha: float = 8.0
     scaling: Literal["standard", "rslora"] = "standard"
     dropout: float = 0.0
-    init_a: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
     rank_pattern: Any = ()
     alpha_pattern: Any = ()
-    freeze_a: bool = False
     dtype: str | None = None
 
     def __post_init__(self):
@@ -123,15 +116,16 @@ class LoRA(Method):
                 raise ValueError(f"expected a whole rank >= 1, got {rank=} in rank={self.rank}, {self.rank_pattern=}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"expected 0 <= dropout < 1, got dropout={self.dropout}")
-        for name, known in (("scaling", ("standard", "rslora")), ("init_a", ("kaiming", "gaussian", "orthogonal"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"expected {name} in {known}, got {getattr(self, name)!r}")
-
+        self._one_of("scaling", "standard", "rslora")
         if self.dtype is not None:
             try:
                 object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
             except TypeError as error:
                 raise ValueError(f"expected dtype as 'float32' or 'bfloat16', got {self.dtype!r}") from error
+
+    def _one_of(self, name: str, *known: str) -> None:
+        if getattr(self, name) not in known:
+            raise ValueError(f"expected {name} in {known}, got {getattr(self, name)!r}")
 
     def chosen(self, sites):
         chosen = super().chosen(sites)
@@ -160,9 +154,73 @@ class LoRA(Method):
             return (
                 f"rank {rank} is above min(in, out) = min({n_in}, {n_out}); write rank_pattern={{{site.path!r}: ...}}"
             )
+        return None
+
+    def _dtype(self, leaf):
+        if self.dtype is not None:
+            return jnp.dtype(self.dtype)
+        return jnp.promote_types(leaf.dtype, jnp.float32)
+
+
+@dataclass(frozen=True)
+class LoRA(_LowRankMethod):
+    """Low-rank adaptation. Mergeable; exactly the pretrained function at the start.
+
+    Fields:
+        rank, alpha: the update's rank and its scale's numerator.
+        scaling: `"standard"` (alpha / rank) or `"rslora"` (alpha / √rank).
+        dropout: rate on the input of A, on only while `bind` is given a key.
+        rank_pattern, alpha_pattern: `{regex: value}` on paths, first match wins; each must match an adapted site.
+        dtype: of A and B; by default float32 for bases of 16 bits or fewer, else the base's.
+        init_a: A's start: `"kaiming"`, `"gaussian"` (std 1/rank), or `"orthogonal"` (A·B = 0 with both nonzero).
+        freeze_a: train B alone (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303).
+
+    Raises:
+        ValueError: from the constructor: a rank below 1, dropout outside [0, 1), an unknown scaling, init_a or dtype;
+            from `init`: a rank above min(in, out) of a site, a pattern that matches no adapted site.
+
+    Example:
+        >>> import jpeft
+        >>> jpeft.LoRA(rank=16, alpha=32, targets=["q_proj", "v_proj"], rank_pattern={"v_proj": 4}).rank
+        16
+    """
+
+    init_a: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
+    freeze_a: bool = False
+
+    EXPORT = Export(
+        "LORA",
+        tensors={
+            "dense": {"lora_A.weight": ("a", "ri"), "lora_B.weight": ("b", "or")},
+            "embedding": {"lora_embedding_A": ("a", "ri"), "lora_embedding_B": ("b", "or")},
+            "conv": {"lora_A.weight": ("a", "ri"), "lora_B.weight": ("b", "orw")},
+        },
+        config={
+            "r": "rank",
+            "lora_alpha": "alpha",
+            "lora_dropout": "dropout",
+            "use_rslora": ("scaling", "rslora"),
+        },
+        patterns={"rank_pattern": ("rank_pattern", "rank"), "alpha_pattern": ("alpha_pattern", "alpha")},
+        fixed={"init_lora_weights": True, "use_dora": False, "bias": "none"},
+        neutral={
+            "init_lora_weights": (False, "gaussian", "orthogonal", "eva", "mica"),  # the others change the base
+            "eva_config": (),
+            "megatron_core": (),
+            "qalora_group_size": (),
+            "runtime_config": (),
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._one_of("init_a", "kaiming", "gaussian", "orthogonal")
+
+    def check(self, site: Site) -> str | None:
+        rank = self.rank_of(site.path)
         if self.init_a == "orthogonal" and (rank % 2 or site.kind == "embedding"):
             return f"init_a='orthogonal' needs an even rank and no embedding, got rank {rank} on a {site.kind} site"
-        return None
+        return super().check(site)
 
     def wrap(self, key, leaf, site: Site) -> LowRank:
         lead, n_in, n_out = matrix_sizes(site.shape, site.axes)
@@ -187,7 +245,40 @@ class LoRA(Method):
         scale = self.scale_of(site.path)
         return LowRank(leaf, a, b, axes=axes, scale=scale, dropout=self.dropout, freeze_a=self.freeze_a)
 
-    def _dtype(self, leaf):
-        if self.dtype is not None:
-            return jnp.dtype(self.dtype)
-        return jnp.promote_types(leaf.dtype, jnp.float32)
+    def exported(self, trainable, frozen):
+        if not self.freeze_a:
+            return self, trainable
+        halves = dict(leaves_with_paths(frozen))
+        whole = lambda path, w: w.replace(a=halves[path].a, freeze_a=False) if isinstance(w, LowRank) else w
+        return replace(self, freeze_a=False), map_with_paths(whole, trainable)
+
+
+def lora_plus(optimizer: optax.GradientTransformation, ratio: float = 16.0) -> optax.GradientTransformation:
+    """LoRA+: B learns `ratio` times as fast as A (Hayou et al. 2024, arXiv 2402.12354).
+
+    The optimizer's updates of the fields that map up from the rank (`Weight.UP`) times `ratio`, all others as they are:
+    the same as two learning rates, weight decay included. HF PEFT's `create_loraplus_optimizer` also gives vectors
+    (DoRA's magnitude, biases) the rate of B, and adapted embeddings one of their own.
+
+    Raises:
+        ValueError: a ratio that is not above zero.
+
+    Example:
+        >>> import jpeft, optax
+        >>> tx = jpeft.lora_plus(optax.adamw(1e-4), ratio=16.0)
+    """
+    import optax
+
+    if not ratio > 0:
+        raise ValueError(f"expected a ratio > 0 of B's learning rate to A's, got {ratio=}")
+    return optax.chain(optimizer, optax.stateless(lambda updates, _: _scaled_up(updates, ratio)))
+
+
+def _scaled_up(updates, ratio: float):
+    def scaled(_, leaf):
+        if not isinstance(leaf, Weight):
+            return leaf
+        up = {name: jax.tree.map(lambda u: u * ratio, getattr(leaf, name)) for name in leaf.UP}
+        return leaf.replace(base=_scaled_up(leaf.base, ratio), **up)
+
+    return map_with_paths(scaled, updates)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from peft_cases import assert_same_as_peft, low_rank_tensors, make_case, numbers
+from peft_cases import assert_named_as_peft, assert_same_as_peft, low_rank_tensors, make_case, numbers
 
 import jpeft
 from jpeft.methods.dora import norm
@@ -23,6 +23,15 @@ def test_the_same_numbers_give_what_peft_gives(name):
         lambda layer: (*low_rank_tensors(layer), layer.lora_magnitude_vector["default"].weight),
         lambda w: (*case.factors(w.a, w.b), case.vector(w.magnitude)),
     )
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["linear", "embedding", "convolution"])
+@pytest.mark.filterwarnings("ignore")
+def test_its_tensors_have_peft_s_names_and_shapes(name):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["0"], use_dora=True)
+    assert_named_as_peft(make_case(name), jpeft.DoRA(rank=3, alpha=5, targets="kernel"), config)
 
 
 def test_the_norm_is_that_of_the_updated_matrix_in_float64():

@@ -6,9 +6,18 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
-from peft_cases import assert_same_as_peft, convolution, embedding, low_rank_tensors, make_case, numbers
+from peft_cases import (
+    assert_named_as_peft,
+    assert_same_as_peft,
+    convolution,
+    embedding,
+    low_rank_tensors,
+    make_case,
+    numbers,
+)
 from small_models import make_model
 
 import jpeft
@@ -47,6 +56,41 @@ def test_the_same_numbers_give_what_peft_gives(name, rslora):
         low_rank_tensors,
         lambda w: case.factors(w.a, w.b),
     )
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["linear", "embedding", "convolution"])
+@pytest.mark.filterwarnings("ignore")
+def test_its_tensors_have_peft_s_names_and_shapes(name):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["0"], use_rslora=True)
+    assert_named_as_peft(make_case(name), jpeft.LoRA(rank=3, alpha=5, scaling="rslora", targets="kernel"), config)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+def test_lora_plus_trains_as_peft_s_optimizer_does():
+    torch, peft, case = pytest.importorskip("torch"), pytest.importorskip("peft"), make_case("linear")
+    from peft.optimizers import create_loraplus_optimizer
+
+    model = peft.get_peft_model(torch.nn.Sequential(case.module), peft.LoraConfig(r=3, target_modules=["0"]))
+    options = dict(lr=0.01, loraplus_lr_ratio=8.0, loraplus_weight_decay=0.1)
+    theirs = create_loraplus_optimizer(model, torch.optim.AdamW, **options)
+    method, trainable, frozen = start(case.fn, case.params, case.x, rank=3, alpha=8.0, targets="kernel")
+    tensors = low_rank_tensors(model.base_model.model[0])
+    for parameter, value in zip(tensors, case.factors(trainable["kernel"].a, trainable["kernel"].b), strict=True):
+        parameter.data = torch.from_numpy(np.array(value))
+    tx = jpeft.lora_plus(optax.adamw(0.01, weight_decay=0.1), ratio=8.0)
+    state = tx.init(trainable)
+    step = jax.grad(lambda t: jnp.sin(jpeft.lift(case.fn)(method.bind(t, frozen), case.x)).sum())
+    for _ in range(3):
+        theirs.zero_grad()
+        torch.sin(model(torch.from_numpy(case.x))).sum().backward()
+        theirs.step()
+        updates, state = tx.update(step(trainable), state, trainable)
+        trainable = optax.apply_updates(trainable, updates)
+    for parameter, value in zip(tensors, case.factors(trainable["kernel"].a, trainable["kernel"].b), strict=True):
+        np.testing.assert_allclose(parameter.detach().numpy(), value, atol=1e-5)
 
 
 # ---- closed form ----
@@ -173,6 +217,33 @@ def test_frozen_a_leaves_b_alone_to_train():
     method, trainable, frozen = start(fn, {"w": jnp.ones((4, 3))}, jnp.ones((1, 4)), freeze_a=True)
     assert trainable["w"].a is None and frozen["w"].a.shape == (4, 2) and trainable["w"].b.shape == (2, 3)
     assert jpeft.count(method.bind(trainable, frozen)).trainable == 6
+
+
+def test_a_frozen_a_is_written_with_b():
+    fn = lambda p, x: x @ p["w"]
+    method, trainable, frozen = start(fn, {"w": jnp.ones((4, 3))}, jnp.ones((1, 4)), freeze_a=True)
+    plain, whole = method.exported(trainable, frozen)
+    assert plain == jpeft.LoRA(rank=2, targets=method.targets)
+    assert jnp.array_equal(whole["w"].a, frozen["w"].a) and whole["w"].b is trainable["w"].b
+    _, rest = plain.init(KEY, {"w": jnp.ones((4, 3))}, jpeft.find_sites(fn, {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))))
+    assert jpeft.count(plain.bind(whole, rest)).trainable == 14
+    assert plain.exported(whole, rest) == (plain, whole)
+
+
+def test_lora_plus_scales_b_alone_in_every_method_of_a_chain():
+    model = make_model("linen-scanned")
+    method = jpeft.chain(jpeft.LoRA(rank=2, modules_to_save=("norm",)), jpeft.DoRA(rank=2))
+    trainable, frozen = method.init(KEY, model.params, model.sites)
+    tx = jpeft.lora_plus(optax.sgd(1.0), ratio=4.0)
+    updates, _ = jax.jit(lambda t: tx.update(jax.tree.map(jnp.ones_like, t), tx.init(t)))(trainable)
+    assert jax.tree.structure(updates) == jax.tree.structure(trainable)
+    scales = {
+        (jax.tree_util.keystr(p)[-2:], float(u.ravel()[0])) for p, u in jax.tree_util.tree_leaves_with_path(updates)
+    }
+    assert {(name, scale) for name, scale in scales if name in (".a", ".b")} == {(".a", -1.0), (".b", -4.0)}
+    assert all(scale == -1.0 for name, scale in scales if name != ".b")
+    with pytest.raises(ValueError, match="a ratio > 0 of B's learning rate to A's, got ratio=0"):
+        jpeft.lora_plus(optax.sgd(1.0), ratio=0)
 
 
 def test_parameters_keep_their_dtype_and_compute_follows_the_activation():
