@@ -23,7 +23,7 @@ from jpeft.core.targets import Targets, select
 from jpeft.core.tree import combine, key_for_path, leaves_with_paths, map_with_paths, partition, path_string
 from jpeft.core.weight import Unfrozen, Weight
 
-__all__ = ["Method", "Chain", "chain", "merge", "count", "trainable_mask", "labels"]
+__all__ = ["Method", "Selective", "Chain", "chain", "merge", "count", "trainable_mask", "labels"]
 
 
 @dataclass(frozen=True)
@@ -191,6 +191,14 @@ class Method:
     def penalty(self, trainable) -> jax.Array | float:
         """A term to add to the loss. Default: none."""
         return 0.0
+
+
+@dataclass(frozen=True)
+class Selective(Method):
+    """Base of the methods that train leaves as they are: `targets` chooses them, and nothing is inserted."""
+
+    def wrap(self, key: jax.Array, leaf, site: Site) -> Weight:
+        return Unfrozen(leaf, axes=site.axes.lstrip("s"))
 
 
 @jax.tree_util.register_dataclass

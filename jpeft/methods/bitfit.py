@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from jpeft.core.method import Method
-from jpeft.core.sites import Site
+from jpeft.core.method import Selective
 from jpeft.core.targets import Targets
-from jpeft.core.weight import Unfrozen
 
 __all__ = ["BitFit"]
 
 
 @dataclass(frozen=True)
-class BitFit(Method):
+class BitFit(Selective):
     """Every vector that is added to an activation trains; nothing is inserted, so merging is exact.
 
     Llama, Qwen3 and Gemma have no biases: there the default target matches nothing, which is an error.
@@ -30,6 +28,3 @@ class BitFit(Method):
     targets: Targets = field(default="bias", kw_only=True)
 
     KINDS = ("bias",)
-
-    def wrap(self, key, leaf, site: Site) -> Unfrozen:
-        return Unfrozen(leaf, axes=site.axes.lstrip("s"))

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from jpeft.core.method import Method
-from jpeft.core.sites import Site
+from jpeft.core.method import Selective
 from jpeft.core.targets import Targets
-from jpeft.core.weight import Unfrozen
 
 __all__ = ["FullFineTuning"]
 
 
 @dataclass(frozen=True)
-class FullFineTuning(Method):
+class FullFineTuning(Selective):
     """All parameters that the function uses, or those that `targets` match, train in full.
 
     Raises:
@@ -32,6 +30,3 @@ class FullFineTuning(Method):
 
     KINDS = ("dense", "experts", "embedding", "conv", "scale", "bias", "other")
     FORMS_DENSE_UPDATE = "the weights themselves train, and their gradients are dense"
-
-    def wrap(self, key, leaf, site: Site) -> Unfrozen:
-        return Unfrozen(leaf, axes=site.axes.lstrip("s"))

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from jpeft.core.method import Method
+from jpeft.core.method import Selective
 from jpeft.core.sites import Site, Sites
 from jpeft.core.targets import Targets
-from jpeft.core.weight import Unfrozen
 
 __all__ = ["NormTuning"]
 
 
 @dataclass(frozen=True)
-class NormTuning(Method):
+class NormTuning(Selective):
     """Every scale vector trains, and the bias beside it (same parent in the tree) where there is one.
 
     Query and key norms count as norms here; HF PEFT's defaults miss them in some families.
@@ -36,6 +35,3 @@ class NormTuning(Method):
         parents = {path.rpartition("/")[0] for path in chosen}
         beside = {s.path: s for s in sites if s.kind == "bias" and s.path.rpartition("/")[0] in parents}
         return {**chosen, **beside}
-
-    def wrap(self, key, leaf, site: Site) -> Unfrozen:
-        return Unfrozen(leaf, axes=site.axes.lstrip("s"))
