@@ -1,0 +1,180 @@
+"""The two tables of the methods: what each one is (README.md), and what its forward costs (docs/methods.md).
+
+    python scripts/methods_table.py            # prints both
+    python scripts/methods_table.py --write    # puts them between their marks in README.md and docs/methods.md
+
+Everything comes from the methods' own classes and from shapes: counts by `eval_shape` on the public configuration of
+Llama-3.1-8B, at each method's defaults; costs from XLA's own analysis of the compiled product of 512 tokens with one
+1024 x 1024 matrix, less what the product alone costs. No weights, no accelerator.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+import jpeft
+from jpeft import models
+
+ROOT = Path(__file__).parent.parent
+LLAMA_8B = dict(
+    model_type="llama",
+    hidden_size=4096,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    intermediate_size=14336,
+    vocab_size=128256,
+)
+TOKENS, WIDTH = 512, 1024
+HANGS_ON = {"dense": "dense", "experts": "experts", "embedding": "embedding", "conv": "conv", "scale": "scales"}
+HANGS_ON |= {"bias": "biases", "other": "other"}
+
+
+def given_for(method, sites, params):
+    """A calibration of the right shapes, for methods that start from data: counts do not depend on its numbers."""
+    if not method.CALIBRATION:
+        return None
+    chosen = method.chosen(sites)
+    if method.OBSERVES == "inputs":
+        seen = {path: jnp.ones((*_lead(site), 8, _inputs(site))) for path, site in chosen.items()}
+    else:
+        leaves = dict(jpeft.core.tree.leaves_with_paths(params))
+        seen = {path: leaves[path] for path in chosen}
+    if method.OBSERVES == "weights":
+        return seen
+    return method.conclude({path: method.observe(None, x, chosen[path]) for path, x in seen.items()}, chosen)
+
+
+def _lead(site):
+    return jpeft.core.weight.matrix_sizes(site.shape, site.axes)[0]
+
+
+def _inputs(site):
+    return jpeft.core.weight.matrix_sizes(site.shape, site.axes)[1]
+
+
+def reference(kind) -> str:
+    """The arXiv numbers in the method's file, its own first."""
+    found = re.findall(r"\b\d{4}\.\d{4,5}\b", inspect.getdoc(inspect.getmodule(kind)) or "")
+    return ", ".join(dict.fromkeys(found[:1])) or "-"
+
+
+def comparison() -> list[tuple[str, ...]]:
+    """Rows of the README's table."""
+    apply, shapes = models.abstract(LLAMA_8B)
+    sites = jpeft.find_sites(apply, shapes, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+    rows = [("method", "parameters, Llama-3.1-8B", "merges", "on NF4", "hangs on", "reference (arXiv)")]
+    for name, kind in jpeft.methods().items():
+        method = kind()
+        rows.append(
+            (
+                f"`{name}`",
+                _count(method, shapes, sites),
+                "yes" if merges(kind(**kind.SMALL)) else "no",
+                on_nf4(kind),
+                ", ".join(HANGS_ON[k] for k in kind.KINDS),
+                reference(kind),
+            )
+        )
+    return rows
+
+
+def _count(method, shapes, sites) -> str:
+    def init(params):
+        return method.init(jax.random.key(0), params, sites, given_for(method, sites, params))
+
+    try:
+        trainable, _ = jax.eval_shape(init, shapes)
+    except (ValueError, jax.errors.ConcretizationTypeError) as refusal:
+        return _short(refusal)
+    return f"{jpeft.count(trainable).total:,}"
+
+
+def _short(refusal: Exception) -> str:
+    return "none here" if "no site" in str(refusal) or "matches" in str(refusal) else "from data"
+
+
+def small_case(kind):
+    """The method on one small matrix, an embedding, or a vector, whichever it takes."""
+    fn = lambda p, x: (p["embedding"][x] @ p["mlp"]["down_proj"]["kernel"] + p["mlp"]["down_proj"]["bias"]) * p["scale"]
+    params = {
+        "embedding": jnp.ones((48, 64)),
+        "mlp": {"down_proj": {"kernel": jnp.ones((64, 64)) * jnp.arange(64.0), "bias": jnp.ones(64)}},
+        "scale": jnp.ones(64),
+    }
+    tokens = jnp.arange(8)
+    return kind(**kind.SMALL), fn, params, tokens, jpeft.find_sites(fn, params, tokens)
+
+
+def merges(method) -> bool:
+    """Whether a bound Weight of the method has a dense form."""
+    method, _, params, _, sites = small_case(type(method))
+    halves = method.init(jax.random.key(0), params, sites, given_for(method, sites, params))
+    jpeft.merge(method.bind(*halves))
+    return True
+
+
+def on_nf4(kind) -> str:
+    """Whether the method goes on a packed base: "yes", "reads it densely", or "no" where it refuses."""
+    method, fn, params, tokens, sites = small_case(kind)
+    try:
+        both = jpeft.chain(jpeft.NF4(targets="kernel", block_size=64), method)
+        given = (None, given_for(method, sites, params))
+        halves = both.init(jax.random.key(0), params, sites, given)
+        jpeft.lift(fn)(both.bind(*halves), tokens)
+    except (ValueError, TypeError):
+        return "no"
+    return "dense read" if method.FORMS_DENSE_UPDATE and "base" in method.FORMS_DENSE_UPDATE else "yes"
+
+
+def costs() -> list[tuple[str, ...]]:
+    """Rows of the table of what a forward costs."""
+    fn = lambda p, x: x @ p["mlp"]["down_proj"]["kernel"]
+    params = {"mlp": {"down_proj": {"kernel": jnp.zeros((WIDTH, WIDTH)) + jnp.eye(WIDTH)}}}
+    x = jnp.ones((TOKENS, WIDTH))
+    sites = jpeft.find_sites(fn, params, x)
+    analysis = lambda f, *args: jax.jit(f).lower(*args).compile().cost_analysis()
+    plain = analysis(fn, params, x)
+    rows = [("method", "FLOPs a token", "bytes a token", "dense update")]
+    rows.append(
+        ("the product alone", f"{plain['flops'] / TOKENS:,.0f}", f"{plain['bytes accessed'] / TOKENS:,.0f}", "")
+    )
+    for name, kind in jpeft.methods().items():
+        method = kind()
+        try:
+            given = given_for(method, sites, params)
+            halves = method.init(jax.random.key(0), params, sites, given)
+        except ValueError:
+            continue  # it hangs on something else than a matrix
+        cost = analysis(lambda t, f, x, m=method: jpeft.lift(fn)(m.bind(t, f), x), *halves, x)
+        more = lambda what, cost=cost: f"{(cost[what] - plain[what]) / TOKENS:+,.0f}"
+        rows.append((f"`{name}`", more("flops"), more("bytes accessed"), method.FORMS_DENSE_UPDATE or "no"))
+    return rows
+
+
+def markdown(rows: list[tuple[str, ...]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def put(page: Path, mark: str, text: str) -> None:
+    """Replace what stands between `<!-- mark -->` and `<!-- end of mark -->`."""
+    before, after = f"<!-- {mark} -->\n", f"\n<!-- end of {mark} -->"
+    content = page.read_text(encoding="utf-8")
+    start, end = content.index(before) + len(before), content.index(after)
+    page.write_text(content[:start] + text + content[end:], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    tables = {"methods": (ROOT / "README.md", comparison), "costs": (ROOT / "docs" / "methods.md", costs)}
+    for mark, (page, make) in tables.items():
+        text = markdown(make())
+        print(text, "\n")
+        if "--write" in sys.argv:
+            put(page, mark, text)
