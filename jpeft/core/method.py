@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import jax
+import jax.numpy as jnp
 
 from jpeft.core.export import Export
 from jpeft.core.sites import Site, Sites
@@ -100,7 +101,7 @@ class Method:
         chosen = self.chosen(sites)
         whole = select(sites, self.modules_to_save, _ANY_KIND) if self.modules_to_save else {}
         _check_paths({**chosen, **whole}, params)
-        given = self._calibration_of(chosen, calibration)
+        given = self._calibration_of(chosen, _with_weights(self, calibration, params))
 
         def place(path, leaf):
             if path in whole:
@@ -112,6 +113,7 @@ class Method:
         bound = map_with_paths(place, params)
         own = lambda path, leaf: _outer_mask(leaf) if path in chosen or path in whole else _none_of(leaf)
         mask = map_with_paths(own, bound)
+        _check_trains(type(self).__name__, bound, mask)
         arrays = self.shared(key, params, chosen)
         arrays |= {name: x for name, x in given.get(Saved.SHARED, {}).items() if name in arrays}
         if not arrays:
@@ -241,6 +243,29 @@ def _check_paths(chosen: dict[str, Site], params) -> None:
         raise ValueError("these sites are of another tree; call find_sites on this one\n" + "\n".join(wrong[:5]))
 
 
+def _check_trains(name: str, bound, mask) -> None:
+    """Refuse to train what has no gradient."""
+    no_gradient = lambda x, train: train and not jnp.issubdtype(x.dtype, jnp.inexact)
+    packed = [
+        path
+        for (path, leaf), (_, trains) in zip(leaves_with_paths(bound), leaves_with_paths(mask), strict=True)
+        if any(map(no_gradient, jax.tree.leaves(leaf), jax.tree.leaves(trains)))
+    ]
+    if packed:
+        raise ValueError(
+            f"{name} cannot train {', '.join(packed[:5])}{', ...' if len(packed) > 5 else ''}: whole numbers stand "
+            "there, as where an earlier method of the chain compressed the weights; leave them out of the targets"
+        )
+
+
+def _with_weights(method, calibration, params):
+    """The calibration of a method that observes the weights: they are at hand, so nobody need call `calibrate`."""
+    if method.OBSERVES != "weights":
+        return calibration
+    given = {path: x for path, x in (calibration or {}).items() if not isinstance(x, Saved)}
+    return {**dict(leaves_with_paths(params)), **given}
+
+
 def _none_of(leaf):
     return jax.tree.map(lambda _: False, leaf)
 
@@ -299,7 +324,8 @@ class Chain:
         if len(calibration) != len(self.methods):
             raise ValueError(f"expected {len(self.methods)} calibrations, one a method, got {len(calibration)}")
         for n, method in enumerate(self.methods):
-            trainable, frozen = method.init(jax.random.fold_in(key, n), bound, sites, calibration[n])
+            given = _with_weights(method, calibration[n], params)
+            trainable, frozen = method.init(jax.random.fold_in(key, n), bound, sites, given)
             if n:
                 supplied = {id(x): k for k, x in enumerate(jax.tree.leaves(bound, is_leaf=_is_none)) if x is not None}
                 kept = {id(x) for x in jax.tree.leaves(frozen)}
@@ -333,6 +359,22 @@ class Chain:
                 own = jax.tree.map(fill, own, is_leaf=lambda x: isinstance(x, _From))
             bound = method.bind(trainable[n], own)
         return bound if key is None else _randomized(bound, key)
+
+    def trained(self, trainable, frozen=None) -> tuple[Method, Any, Any]:
+        """`(method, trainable, frozen)` of the one method that trains, without what the others supply to it.
+
+        Raises:
+            ValueError: none trains, or several do.
+        """
+        which = [n for n, half in enumerate(trainable) if jax.tree.leaves(half)]
+        if len(which) != 1:
+            kinds = ", ".join(type(method).__name__ for method in self.methods)
+            raise ValueError(f"expected a chain of which one method trains, got {len(which)} that do among {kinds}")
+        n, is_place = which[0], lambda x: isinstance(x, _From)
+        own = (
+            None if frozen is None else jax.tree.map(lambda x: None if is_place(x) else x, frozen[n], is_leaf=is_place)
+        )
+        return self.methods[n], trainable[n], own
 
     def for_steps(self, steps: int) -> Chain:
         """The chain of each method for so many steps."""
