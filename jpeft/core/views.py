@@ -29,7 +29,7 @@ class View:
 
     @classmethod
     def of(cls, weight: Weight, path: str) -> View:
-        return cls(weight, Layout.identity(weight.shape), weight.dtype, path)
+        return cls(weight.fitted(), Layout.identity(weight.shape), weight.dtype, path)
 
     def through(self, layout: Layout | None) -> View | None:
         return None if layout is None else View(self.weight, layout, self.dtype, self.path)

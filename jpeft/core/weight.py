@@ -97,6 +97,14 @@ class Weight:
         """`{field: name}` of the fields that the method keeps once for several leaves; None until `bind` fills them."""
         return {}
 
+    def fitted(self) -> Self:
+        """The Weight with shared arrays cut to its own size, so that all its fields are as `FIELDS` says.
+
+        Default: they have that size. `lift` takes the Weights of its arguments so; `dense` must not rely on it.
+        """
+        base = self.base.fitted() if isinstance(self.base, Weight) else self.base
+        return self if base is self.base else self.replace(base=base)
+
     def why_not_merge(self) -> str | None:
         """Why this Weight has no dense form; None where it has one."""
         return self.base.why_not_merge() if isinstance(self.base, Weight) else None

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.flax import load_file, save_file
 
-from jpeft.core.method import Chain, Saved, chain
+from jpeft.core.method import Chain, Saved, Tied, chain
 from jpeft.core.tree import leaves_with_paths, path_string
 from jpeft.core.weight import Weight
 
@@ -138,9 +138,19 @@ def save_adapter(folder: str | Path, method, trainable, frozen, *, base: str, ba
 
 def _saved_fields(frozen) -> dict[str, Any]:
     """`{path/field: array}` of the frozen fields that nothing can make again, by the data on each Weight's class."""
-    weights = [(path, w) for path, w in leaves_with_paths(frozen) if isinstance(w, Weight)]
-    fields = {f"{path}/{name}": getattr(w, name) for path, w in weights for name in w.SAVED}
+    fields = {}
+    halves = jax.tree_util.tree_leaves_with_path(frozen, is_leaf=lambda x: isinstance(x, Tied))
+    for path, half in halves:
+        if isinstance(half, Tied):
+            kept = {name for _, w in _weights(half.tree) for field, name in w.tied().items() if field in w.SAVED}
+            fields |= {path_string((*path, "arrays", name)): half.arrays.get(name) for name in kept}
+    for path, w in _weights(frozen):
+        fields |= {f"{path}/{name}": getattr(w, name) for name in w.SAVED}
     return {path: x for path, x in fields.items() if hasattr(x, "dtype")}
+
+
+def _weights(tree) -> list[tuple[str, Weight]]:
+    return [(path, w) for path, w in leaves_with_paths(tree) if isinstance(w, Weight)]
 
 
 def _save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
@@ -190,10 +200,10 @@ def _saved_leaves(method, arrays: Mapping[str, Any]) -> Any:
     if isinstance(method, Chain):
         part = lambda n: {p.removeprefix(f"{n}/"): x for p, x in arrays.items() if p.startswith(f"{n}/")}
         return tuple(_saved_leaves(m, part(n)) for n, m in enumerate(method.methods))
-    leaves: dict[str, Saved] = {}
+    leaves: dict[str | None, Saved] = {}
     for path, x in arrays.items():
         leaf, _, field = path.removeprefix("tree/").rpartition("/")
-        leaves.setdefault(leaf, Saved())[field] = x
+        leaves.setdefault(Saved.SHARED if leaf == "arrays" else leaf, Saved())[field] = x
     return leaves
 
 
