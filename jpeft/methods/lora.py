@@ -9,20 +9,22 @@ zero and B from N(0, 1). For a convolution `in` is window × channels: A is a co
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from jpeft.core.export import Export
+from jpeft.core.factored import Factored
 from jpeft.core.method import Method
 from jpeft.core.sites import Site
 from jpeft.core.targets import first_match
 from jpeft.core.tree import leaves_with_paths, map_with_paths
-from jpeft.core.weight import Weight, apply, dense, from_matrix, matrix_sizes, static, weight
+from jpeft.core.weight import Weight, matrix_sizes, static, weight
 
 if TYPE_CHECKING:
     import optax
@@ -31,7 +33,7 @@ __all__ = ["LoRA", "LowRank", "lora_plus"]
 
 
 @weight
-class LowRank(Weight):
+class LowRank(Factored):
     """`base + scale · a @ b`. The update is never formed but by `dense`.
 
     Shapes: a (*stack, *batch, in, rank), b (*stack, *batch, rank, out), key (*stack, *batch) or None.
@@ -54,39 +56,8 @@ class LowRank(Weight):
     def trainable_fields(self) -> frozenset[str]:
         return frozenset({"b"}) if self.freeze_a else self.TRAINABLE
 
-    def randomized(self, key):
-        outer = super().randomized(key)
-        if not self.dropout:
-            return outer
-        lead = matrix_sizes(self.shape, self.labels)[0]
-        return outer.replace(key=jax.random.split(key, lead) if lead else key)
-
-    def apply(self, op, x):
-        y = apply(op, x, self.base)
-        down, up = (self.b.mT, self.a.mT) if op.transposed else (self.a, self.b)
-        h = op.contract(self._dropped(x), down)
-        return y + op.restore(op.mix(h * jnp.asarray(self.scale, h.dtype), up)).astype(y.dtype)
-
-    def dense(self):
-        update = from_matrix(self._update(), self.labels, self.shape)
-        return (dense(self.base).astype(update.dtype) + update).astype(self.dtype)
-
-    def _wide(self):
-        """The dtype that merging computes in."""
-        return jnp.promote_types(jnp.promote_types(self.a.dtype, self.dtype), jnp.float32)
-
-    def _update(self):
-        wide = self._wide()
-        product = jnp.matmul(self.a.astype(wide), self.b.astype(wide), precision="highest")
-        return product * jnp.asarray(self.scale, wide)
-
-    def _dropped(self, x):
-        """Dropout on the input of A; row numbers (an embedding's input) pass."""
-        if self.key is None or not jnp.issubdtype(x.dtype, jnp.inexact):
-            return x
-        key = self.key if self.key.ndim == 0 else self.key.reshape(-1)[0]
-        keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
-        return jnp.where(keep, x / jnp.asarray(1 - self.dropout, x.dtype), jnp.zeros_like(x))
+    def factors(self):
+        return self.a, self.b
 
 
 @dataclass(frozen=True)
@@ -160,6 +131,11 @@ class _LowRankMethod(Method):
         if self.dtype is not None:
             return jnp.dtype(self.dtype)
         return jnp.promote_types(leaf.dtype, jnp.float32)
+
+    def _as_lora(self, paths, **changes) -> LoRA:
+        """The plain LoRA of these very paths with this method's other fields, some of them changed."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(_LowRankMethod)}
+        return LoRA(**{**fields, "targets": tuple(f"^{re.escape(path)}$" for path in paths), **changes})
 
 
 @dataclass(frozen=True)
@@ -250,7 +226,7 @@ class LoRA(_LowRankMethod):
             return self, trainable
         halves = dict(leaves_with_paths(frozen))
         whole = lambda path, w: w.replace(a=halves[path].a, freeze_a=False) if isinstance(w, LowRank) else w
-        return replace(self, freeze_a=False), map_with_paths(whole, trainable)
+        return dataclasses.replace(self, freeze_a=False), map_with_paths(whole, trainable)
 
 
 def lora_plus(optimizer: optax.GradientTransformation, ratio: float = 16.0) -> optax.GradientTransformation:
