@@ -57,6 +57,8 @@ def make_case(name: str) -> Case:
     flat = lambda a, b: (a.T, b.T)
     if name == "linear":
         return Case(torch.nn.Linear(6, 5), linear, numbers(3, 6), flat)
+    if name == "wide linear":  # for methods that cut a matrix in equal blocks
+        return Case(torch.nn.Linear(12, 8), linear, numbers(3, 12), flat)
     if name == "embedding":
         return Case(torch.nn.Embedding(7, 5), embedding, np.array([[1, 6], [0, 1]]), flat)
     stride = {"convolution": 1, "strided convolution": 2}[name]  # PEFT's A forgets a dilation

@@ -10,9 +10,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jpeft.core.weight import Weight, apply, dense, from_matrix
+from jpeft.core.weight import Weight, apply, dense, from_matrix, matrix_sizes
 
-__all__ = ["Update"]
+__all__ = ["Update", "from_channels_first"]
 
 
 class Update(Weight):
@@ -40,3 +40,16 @@ class Update(Weight):
     def _in_place(self):
         """ΔW in the leaf's own shape."""
         return from_matrix(self.matrix(), self.labels, self.shape)
+
+
+def from_channels_first(matrix: jax.Array, weight: Weight, channels: int) -> jax.Array:
+    """A convolution's matrix with inputs in the order (channels, *window) as one in the order of the leaf's own axes.
+
+    `channels` is the axis of the leaf that has the input channels, counted from the last.
+    """
+    lead, _, n_out = matrix_sizes(weight.shape, weight.labels)
+    inputs = [k for k, c in enumerate(weight.labels) if c == "i"]
+    place = inputs.index(weight.ndim + channels)
+    sizes = [weight.shape[k] for k in inputs]
+    ordered = matrix.reshape(*lead, sizes.pop(place), *sizes, n_out)
+    return jnp.moveaxis(ordered, len(lead), len(lead) + place).reshape(matrix.shape)

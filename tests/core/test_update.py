@@ -9,8 +9,8 @@ import pytest
 from jax import lax
 
 import jpeft
-from jpeft.core.update import Update
-from jpeft.core.weight import static, weight
+from jpeft.core.update import Update, from_channels_first
+from jpeft.core.weight import static, to_matrix, weight
 
 
 @weight
@@ -88,6 +88,14 @@ def test_the_backward_pass_keeps_the_base_and_no_dense_update():
     _, pull = jax.vjp(run, numbers(2, 30), weight.u, weight.v)
     kept = [x for x in jax.tree.leaves(pull) if x.size == 600]
     assert len(kept) == 1 and np.array_equal(kept[0], weight.base)
+
+
+@pytest.mark.parametrize(("order", "axes"), [("OIHW", "oiii"), ("HWIO", "iiio"), ("OHWI", "oiii")])
+def test_inputs_of_a_convolution_go_from_channels_first_to_the_leaf_s_order(order, axes):
+    torch = numbers(5, 4, 2, 3)  # OIHW
+    leaf = jnp.transpose(torch, ["OIHW".index(letter) for letter in order])
+    ordered = from_channels_first(torch.reshape(5, 24).T, Outer(leaf, None, None, axes=axes), order.index("I") - 4)
+    np.testing.assert_array_equal(ordered, to_matrix(leaf, axes))
 
 
 def test_a_subclass_without_a_matrix_is_told_so():
