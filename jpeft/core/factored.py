@@ -1,4 +1,4 @@
-"""Factored: a Weight whose update is a product of two factors, `W' = W + s·A·B`, that it stores or makes from its fields.
+"""Factored: a Weight whose update is a product of two factors, `W' = W + s·A·B`, stored or made from its fields.
 
 A subclass defines `factors`; the rest follows. The product itself is formed by `dense` alone.
 """
