@@ -7,6 +7,7 @@ Each is a view of one jaxpr equation, with the same verbs, so that a method is w
     map_inputs(x, fn) x after `fn` on that form, in x's own order                    (not for convolutions, lookups)
     contract(x, m)    x with a matrix (*batch, in, k) in place of the leaf            -> (*batch, *free, k)
     mix(h, m)         h (*batch, *free, k) with a matrix (*batch, k, out)             -> (*batch, *free, out)
+    mix_blocks(h, m)  h (*batch, *free, n, k) with n of them (*batch, n, k, out)      -> (*batch, *free, n, out)
     restore(y)        y (*batch, *free, out) in the shape of the equation's result
     map_outputs(y,fn) the equation's result after `fn` on its (*batch, *free, out)
     spread(v)         a vector for each output (or input), (*batch, n), so that it broadcasts to (*batch, *free, n)
@@ -20,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -71,6 +73,9 @@ class _Op:
 
     def map_outputs(self, y, fn):
         return self.restore(fn(self.outputs(y)))  # type: ignore[attr-defined]
+
+    def mix_blocks(self, h, m):
+        return jax.vmap(self.mix, (-2, -3), -2)(h, m)  # type: ignore[attr-defined]
 
     def _cast(self, x, m):
         return m.astype(x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else self.dtype)
@@ -248,6 +253,14 @@ class RaggedDot(_Op):
 
     def mix(self, h, m):
         return lax.ragged_dot(h, self._cast(h, m), self.sizes, precision=self.params.get("precision"))
+
+    def mix_blocks(self, h, m):
+        rows, n, k = h.shape
+        m = jnp.pad(self._cast(h, m), ((0, 1), (0, 0), (0, 0), (0, 0)))  # rows of no group have a group of zeros
+        sizes = jnp.tile(jnp.append(self.sizes, rows - jnp.sum(self.sizes)), n)
+        h, m = jnp.swapaxes(h, 0, 1).reshape(n * rows, k), jnp.swapaxes(m, 0, 1).reshape(-1, k, m.shape[-1])
+        y = lax.ragged_dot(h, m, sizes, precision=self.params.get("precision"))
+        return jnp.swapaxes(y.reshape(n, rows, -1), 0, 1)
 
     def spread(self, v):
         return jnp.repeat(v, self.sizes, axis=0, total_repeat_length=self.rows)
