@@ -93,7 +93,7 @@ class IA3(Method):
         targets: what is scaled; by default keys, values and down projections by their names. A model that names them
             otherwise needs its own; of a fused projection all outputs are scaled, queries included.
         feedforward: which of them are scaled at their inputs: targets, each matching something in the model; by default
-            the down projections.
+            the down projections, and none for an empty list.
 
     Raises:
         ValueError: from `init`: a target or `feedforward` that matches nothing; inputs of a convolution or of an
@@ -111,8 +111,9 @@ class IA3(Method):
     SMALL = {"targets": "(key|value|down)/kernel|embed|fused|expert|conv|torch_head", "feedforward": "down|expert"}
     EXPORT = Export(
         peft_type="IA3",
-        tensors={kind: {"ia3_l": ("scale", "oi")} for kind in ("dense", "experts")},
-        config={"target_modules": "targets", "feedforward_modules": "feedforward"},
+        tensors={"dense": {"ia3_l": ("scale", "oi")}},
+        modules={"feedforward_modules": ("feedforward", "scale", "i")},
+        neutral={"init_ia3_weights": ()},
     )
 
     def chosen(self, sites: Sites) -> dict[str, Site]:
@@ -130,6 +131,8 @@ class IA3(Method):
 
     def _feedforward(self, sites: Sites):
         """The paths whose inputs are scaled."""
+        if self.feedforward == ():
+            return {}
         if self.feedforward is not None:
             return select(sites, self.feedforward, self.KINDS)
         try:
