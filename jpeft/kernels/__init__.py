@@ -1,0 +1,1 @@
+"""Array -> array functions that several lowerings may compute; they know no trees."""

@@ -1,0 +1,100 @@
+"""The product of an activation with a packed 4-bit weight, in both directions, from the same packed codes."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jpeft.kernels.nf4 import reference
+
+__all__ = ["nf4_matmul"]
+
+
+@dataclass(frozen=True)
+class _How:
+    """What the product must know besides its arrays."""
+
+    block_size: int
+    codebook: str
+    transposed: bool
+    rounded: Any  # the dtype of the weight that the codes stand for
+    dtype: Any
+    precision: Any
+    result: Any
+
+
+def nf4_matmul(
+    x: jax.Array,
+    codes: jax.Array,
+    scales: jax.Array,
+    nested: jax.Array | None = None,
+    offset: jax.Array | None = None,
+    *,
+    block_size: int = 64,
+    codebook: str = "nf4",
+    transposed: bool = False,
+    rounded: Any = None,
+    dtype: Any = None,
+    precision: Any = None,
+    result: Any = None,
+) -> jax.Array:
+    """`x @ W`, or `x @ Wᵀ` where `transposed`, for the W (in, out) that `reference.dequantize` gives.
+
+    Linear in x alone. The backward pass decodes W again from the packed arrays: nothing else is kept for it, neither a
+    dense W nor x, and an optimization barrier on the packed arrays keeps the compiler from merging the two decodings.
+
+    Args:
+        x: (*rows, in), or (*rows, out) where `transposed`.
+        codes, scales, nested, offset, block_size, codebook: as in `reference`, without leading axes.
+        rounded: dtype of the weight that was quantized; W is rounded to it first. None: not rounded.
+        dtype: of both operands of the product; x's own where None.
+        precision: as in `lax.dot_general`.
+        result: dtype of the result; x's own where None.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jpeft.kernels.nf4 import reference
+        >>> codes, scales = reference.quantize(jax.random.normal(jax.random.key(0), (128, 8)))
+        >>> nf4_matmul(jnp.ones((2, 128)), codes, scales).shape
+        (2, 8)
+    """
+    name = lambda given, default: jnp.dtype(default if given is None else given)
+    how = _How(
+        block_size,
+        codebook,
+        transposed,
+        name(rounded, jnp.float32),
+        name(dtype, x.dtype),
+        precision,
+        name(result, x.dtype),
+    )
+    return _matmul(how, jnp.dtype(x.dtype), x, (codes, scales, nested, offset))
+
+
+def _product(how: _How, x, packed):
+    w = reference.decode(*packed, block_size=how.block_size, codebook=how.codebook)
+    w = w.astype(how.rounded).astype(how.dtype)
+    dims = (((x.ndim - 1,), (1 if how.transposed else 0,)), ((), ()))
+    return lax.dot_general(x.astype(how.dtype), w, dims, precision=how.precision, preferred_element_type=how.result)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _matmul(how: _How, x_dtype, x, packed):
+    return _product(how, x, packed)
+
+
+def _forward(how, x_dtype, x, packed):
+    return _product(how, x, packed), packed
+
+
+def _backward(how, x_dtype, packed, g):
+    packed, g = lax.optimization_barrier((packed, g))
+    return _product(replace(how, transposed=not how.transposed, result=x_dtype), g, packed), None
+
+
+_matmul.defvjp(_forward, _backward)
