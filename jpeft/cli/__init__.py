@@ -1,4 +1,4 @@
-"""The `jpeft` command: `jpeft train`, `generate`, `merge`, `inspect`. Each is imported when it runs."""
+"""The `jpeft` command: `jpeft train`, `generate`, `merge`, `export`, `inspect`. Each is imported when it runs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ _COMMANDS = {
     "train": "fine-tune a model; with no options, a small embedded model on an embedded task",
     "generate": "complete a prompt, with or without an adapter",
     "merge": "write a model folder with the adapter merged into the weights",
+    "export": "write an adapter as HF PEFT does, for programs that read its folders",
     "inspect": "show where a model can be adapted, what a method matches and how much would train",
 }
 

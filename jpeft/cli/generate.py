@@ -18,7 +18,7 @@ class GenerateConfig:
     Attributes:
         prompt: the text to go on from.
         model: folder in Hugging Face format; the small embedded model when absent.
-        adapter: folder that `jpeft train` wrote; the model alone when absent.
+        adapter: folder that `jpeft train` or HF PEFT wrote; the model alone when absent.
         chat: put the prompt as a user's message through the model's chat template.
         max_tokens: the most new tokens.
         temperature: 0 takes the likeliest token; above, tokens are drawn.

@@ -17,7 +17,7 @@ class MergeConfig:
     """Merge an adapter into its base.
 
     Attributes:
-        adapter: folder that `jpeft train` wrote.
+        adapter: folder that `jpeft train` or HF PEFT wrote.
         out: folder to write, in Hugging Face format.
         model: folder of the base; the small embedded model when absent.
         overwrite: replace the folder when it exists.

@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-__all__ = ["folder_of", "load", "sites_of", "with_adapter", "complete", "matched"]
+__all__ = ["folder_of", "load", "sites_of", "with_adapter", "adapter_of", "complete", "matched"]
 
 
 def folder_of(model: str | None) -> Path:
@@ -41,13 +41,21 @@ def with_adapter(apply, params, adapter: str | None) -> Any:
     """The tree to run: the base's, or that with the adapter bound."""
     if adapter is None:
         return params
+    method, trainable, frozen = adapter_of(apply, params, adapter)
+    return method.bind(trainable, frozen)
+
+
+def adapter_of(apply, params, adapter: str) -> tuple[Any, Any, Any]:
+    """`(method, trainable, frozen)` of a folder that `jpeft train` or HF PEFT wrote."""
     import jpeft
+    from jpeft.interop import peft
     from jpeft.train.adapter import load_adapter
 
-    path = Path(adapter)
+    path, sites = Path(adapter), sites_of(apply, params)
+    if (path / "adapter_config.json").is_file():
+        return peft.load(path, params, sites)
     path = path / "adapter" if (path / "adapter" / "method.json").is_file() else path  # a run's folder will do
-    method, trainable, frozen = load_adapter(path, params, sites_of(apply, params), jpeft.methods())
-    return method.bind(trainable, frozen)
+    return load_adapter(path, params, sites, jpeft.methods())
 
 
 def complete(apply, bound, text, prompts: list[list[int]], **options) -> list[str]:

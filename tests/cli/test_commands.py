@@ -100,6 +100,19 @@ def test_merge_writes_a_model_with_the_same_logits(tiny, run_folder, tmp_path, c
     ok("generate", "--model", tmp_path / "merged", "--prompt", "3", "--max-tokens", 2)
 
 
+def test_an_exported_adapter_is_read_wherever_ours_is(tiny, run_folder, tmp_path, capsys):
+    ok("export", "--model", tiny, "--adapter", run_folder, "--out", tmp_path / "peft", "--base", "org/tiny")
+    config = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/tiny" and config["target_modules"] == ["q_proj", "v_proj"]
+    for adapter, out in ((run_folder, "ours"), (tmp_path / "peft", "theirs")):
+        ok("merge", "--model", tiny, "--adapter", adapter, "--out", tmp_path / out)
+    assert (tmp_path / "ours/model.safetensors").read_bytes() == (tmp_path / "theirs/model.safetensors").read_bytes()
+    ok("generate", "--model", tiny, "--adapter", tmp_path / "peft", "--prompt", "3", "--max-tokens", 2)
+    again = ("export", "--model", tiny, "--adapter", run_folder, "--out", tmp_path / "peft")
+    assert "exists and is not empty" in refused(capsys, *again)
+    ok(*again, "--overwrite")
+
+
 def test_inspect_shows_sites_and_counts(tiny, capsys):
     ok("inspect", "--model", tiny)
     assert "layers/self_attn/q_proj/kernel" in capsys.readouterr().out
@@ -138,7 +151,7 @@ def test_chat_data_and_other_fields_of_the_method(tiny, tmp_path):
     [
         (["--rnk", 3], "--rank"),
         (["--rank", "three"], "invalid literal for int"),
-        (["--method", "lroa"], "there is no method 'lroa'; did you mean lora"),
+        (["--method", "bitfat"], "there is no method 'bitfat'; did you mean bitfit"),
         (["--set", "scalling=rslora"], "LoRA has no field 'scalling'; did you mean scaling"),
         (["--set", "scaling"], "--set expects name=value"),
         (["--set", "rank=abc", "--set", "scaling=[3]"], "LoRA.rank expects a int"),
@@ -229,7 +242,7 @@ def test_commands_are_named(capsys):
 
 
 def test_help_lists_every_option(capsys):
-    for command in ("train", "generate", "merge", "inspect"):
+    for command in ("train", "generate", "merge", "export", "inspect"):
         with pytest.raises(SystemExit) as stop:
             ok(command, "--help")
         assert stop.value.code == 0 and "--model" in capsys.readouterr().out
