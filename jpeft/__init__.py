@@ -12,6 +12,7 @@ from jpeft.core.tree import combine, partition
 from jpeft.core.weight import Weight
 from jpeft.methods import *  # noqa: F403
 from jpeft.methods import methods
+from jpeft.methods._allocation import add_orthogonal_regularization, rank_allocator
 from jpeft.methods.lora import lora_plus
 
 __version__ = "0.1.0"

@@ -10,6 +10,7 @@ import pytest
 import jpeft
 
 FUNCTIONS = {
+    "add_orthogonal_regularization",
     "calibrate",
     "chain",
     "combine",
@@ -23,7 +24,7 @@ FUNCTIONS = {
     "merge",
     "methods",
 }
-FUNCTIONS |= {"partition", "trainable_mask"}
+FUNCTIONS |= {"partition", "rank_allocator", "trainable_mask"}
 CLASSES = {"DensifyError", "Method", "Site", "Sites", "Weight"}
 HEAVY = ("torch", "transformers", "grain", "rich", "tyro", "matplotlib", "orbax", "flax", "optax", "safetensors")
 
