@@ -68,20 +68,25 @@ def make_case(name: str) -> Case:
     return Case(module, fn, numbers(2, 4, 6, 6), kernels, lambda v: v.reshape(1, -1, 1, 1))
 
 
-def assert_same_as_peft(case: Case, method, config, theirs_of: Callable, ours_of: Callable) -> None:
+def assert_same_as_peft(
+    case: Case, method, config, theirs_of: Callable, ours_of: Callable, calibration=None, prepare=lambda model: None
+) -> None:
     """The same random trainables give the same output, gradients and merge, fp32 within 1e-5.
 
     `theirs_of(layer)` are PEFT's trainable tensors, `ours_of(weight)` ours in the same order and shapes.
+    `prepare(model)` is what PEFT runs before the adapters are put in, for methods that start from data.
     """
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
     sites = jpeft.find_sites(case.fn, case.params, case.x)
-    start = jax.jit(lambda k, p: method.init(k, p, sites))
-    trainable, frozen = start(jax.random.key(0), case.params)
+    start = jax.jit(lambda k, p: method.init(k, p, sites, calibration))
+    trainable, frozen = jax.block_until_ready(start(jax.random.key(0), case.params))
     rng = np.random.default_rng(0)
     trainable = jax.tree.map(lambda x: jnp.asarray(x + rng.normal(size=x.shape) / 2, x.dtype), trainable)
 
-    model = peft.get_peft_model(torch.nn.Sequential(case.module), config).eval()
+    model = torch.nn.Sequential(case.module)
+    prepare(model)
+    model = peft.get_peft_model(model, config).eval()
     theirs = theirs_of(model.base_model.model[0])
     for parameter, value in zip(theirs, ours_of(_kernel_of(trainable)), strict=True):
         assert tuple(parameter.shape) == value.shape
@@ -119,6 +124,23 @@ def low_rank_tensors(layer) -> tuple:
     if hasattr(layer, "lora_embedding_A") and "default" in layer.lora_embedding_A:
         return layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
     return layer.lora_A["default"].weight, layer.lora_B["default"].weight
+
+
+def assert_starts_as_peft(case: Case, method, config, calibration=None, prepare=lambda model: None) -> None:
+    """A low-rank method starts at PEFT's A and B, up to the signs of their columns, on PEFT's base."""
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    sites = jpeft.find_sites(case.fn, case.params, case.x)
+    trainable, frozen = jax.block_until_ready(method.init(jax.random.key(0), case.params, sites, calibration))
+    model = torch.nn.Sequential(case.module)
+    prepare(model)
+    layer = peft.get_peft_model(model, config).base_model.model[0]
+    theirs = [tensor.detach().numpy() for tensor in low_rank_tensors(layer)]
+    ours = case.factors(trainable["kernel"].a, trainable["kernel"].b)
+    for one, other in zip(ours, theirs, strict=True):
+        near(np.abs(one), np.abs(other))
+    near(ours[1] @ ours[0], theirs[1] @ theirs[0])
+    near(frozen["kernel"].base, layer.get_base_layer().weight.detach().numpy())
 
 
 def assert_named_as_peft(case: Case, method, config) -> None:
