@@ -24,6 +24,10 @@ on = lambda *kinds: pytest.mark.parametrize(("kind", "method"), [case for case i
 KEY = jax.random.key(1)
 
 
+def _exports_another(method):
+    return type(method).exported is not jpeft.Method.exported
+
+
 @functools.cache
 def calibration(kind, method):
     """What the method learns from the model's own inputs; None for the methods that ask for nothing."""
@@ -233,6 +237,19 @@ def test_saving_and_loading_is_exact(kind, method, tmp_path):
     for ours, theirs in zip(jax.tree.leaves(loaded[1:]), jax.tree.leaves((trainable, frozen)), strict=True):
         assert ours.dtype == theirs.dtype
         assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [case for case in EVERY if case.values[0] in ("linen-scanned", "plain") and _exports_another(case.values[1])],
+)
+def test_what_is_exported_computes_the_same_on_the_original_params(kind, method):
+    model, trainable, frozen = start(kind, method)
+    trainable = moved(trainable)
+    plain, exported = method.exported(trainable, frozen)
+    _, rest = jax.jit(lambda key, params: plain.init(key, params, model.sites))(KEY, model.params)
+    run = jax.jit(lambda method, t, f: jpeft.lift(model.apply)(method.bind(t, f), *model.inputs), static_argnums=0)
+    close(run(plain, exported, rest), run(method, trainable, frozen))
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
