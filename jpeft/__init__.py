@@ -14,6 +14,7 @@ from jpeft.methods import *  # noqa: F403
 from jpeft.methods import methods
 from jpeft.methods._allocation import add_orthogonal_regularization, rank_allocator
 from jpeft.methods.lora import lora_plus
+from jpeft.quant import FP4, NF4, Int8
 
 __version__ = "0.1.0"
 

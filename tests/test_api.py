@@ -8,6 +8,7 @@ import types
 import pytest
 
 import jpeft
+from jpeft.quant import quantizers
 
 FUNCTIONS = {
     "add_orthogonal_regularization",
@@ -26,6 +27,7 @@ FUNCTIONS = {
 }
 FUNCTIONS |= {"partition", "rank_allocator", "trainable_mask"}
 CLASSES = {"DensifyError", "Method", "Site", "Sites", "Weight"}
+DOCUMENTED = {**jpeft.methods(), **quantizers()}
 HEAVY = ("torch", "transformers", "grain", "rich", "tyro", "matplotlib", "orbax", "flax", "optax", "safetensors")
 
 
@@ -34,7 +36,7 @@ def public():
 
 
 def test_the_public_surface_is_what_is_listed_here():
-    assert set(public()) == FUNCTIONS | CLASSES | set(jpeft.methods())
+    assert set(public()) == FUNCTIONS | CLASSES | set(DOCUMENTED)
     assert isinstance(jpeft.__version__, str)
 
 
@@ -50,13 +52,13 @@ def test_what_is_exported_is_documented(name):
         assert all(m.__doc__ for m in methods if m.__name__ != "replace"), value
 
 
-@pytest.mark.parametrize("name", jpeft.methods())
+@pytest.mark.parametrize("name", DOCUMENTED)
 def test_a_method_documents_every_field_and_shows_an_example(name):
-    text = inspect.getdoc(jpeft.methods()[name])
-    own = jpeft.methods()[name].__annotations__
+    text = inspect.getdoc(DOCUMENTED[name])
+    own = DOCUMENTED[name].__annotations__
     assert all(field in text for field in own), [field for field in own if field not in text]
     assert ">>>" in text
-    assert "arXiv" in inspect.getsource(inspect.getmodule(jpeft.methods()[name])), "the paper is cited"
+    assert "arXiv" in inspect.getsource(inspect.getmodule(DOCUMENTED[name])), "the paper is cited"
 
 
 def test_importing_jpeft_imports_nothing_heavy():
