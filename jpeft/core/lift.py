@@ -187,13 +187,25 @@ class _Interpreter:
         return [operands[passed[k]] if k in passed else out for k, out in enumerate(remat(arrays))]
 
     def enter_scan(self, eqn, operands):
-        jaxpr, consts = compat.open_jaxpr(eqn.params["jaxpr"])
         n_consts, n_carry = compat.scan_split(eqn)
         fixed, carry = operands[:n_consts], [self.settle(v, eqn) for v in operands[n_consts : n_consts + n_carry]]
-        scanned = operands[n_consts + n_carry :]
+        scanned, length = operands[n_consts + n_carry :], eqn.params["length"]
+        ends = sorted({length, *(cut for v in scanned if isinstance(v, View) for cut in v.layers_differ_at())} - {0})
+        parts = list(zip([0, *ends], ends, strict=False))
+        passed: dict[int, int] = {}
+        pieces = {}
+        for start, stop in reversed(parts) if eqn.params["reverse"] else parts:
+            layers = scanned if len(parts) == 1 else [self._layers(v, start, stop, eqn) for v in scanned]
+            carry, pieces[start] = self.scan(eqn, fixed, carry, layers, stop - start, passed)
+        outs = zip(*(pieces[start] for start, _ in parts), strict=True)
+        return [*carry, *(scanned[passed[k]] if k in passed else _joined(out) for k, out in enumerate(outs))]
+
+    def scan(self, eqn, fixed, carry, scanned, length: int, passed: dict[int, int]):
+        """`(carry, stacked)` of a scan equation over these layers."""
+        jaxpr, consts = compat.open_jaxpr(eqn.params["jaxpr"])
+        n_carry = len(carry)
         arrays, rebuild = _unpack([self._scanned(v, eqn) for v in scanned])
         layers = [a.without_unstacked() if _is_weight(a) else a for a in arrays]
-        passed: dict[int, int] = {}
 
         def body(carry, layer):
             whole = [w.with_unstacked(a) if _is_weight(w) else w for w, a in zip(layer, arrays, strict=True)]
@@ -202,9 +214,15 @@ class _Interpreter:
             carry = [self.settle(v) for v in outs[:n_carry]]
             return carry, self.without_passed(outs[n_carry:], slices, passed)
 
-        keep = {k: eqn.params[k] for k in ("length", "reverse", "unroll")}
-        carry, stacked = lax.scan(body, carry, layers, **keep)
-        return [*carry, *(scanned[passed[k]] if k in passed else out for k, out in enumerate(stacked))]
+        unroll = min(eqn.params["unroll"], length)
+        return lax.scan(body, carry, layers, length, eqn.params["reverse"], unroll)
+
+    def _layers(self, value, start: int, stop: int, eqn):
+        """Some layers of a value that is scanned."""
+        if not isinstance(value, View):
+            return value[start:stop]
+        piece = value.cut(0, lambda a, k: lax.slice_in_dim(a, start, stop, axis=k))
+        return self.settle(value, eqn, "its layers cannot be told apart")[start:stop] if piece is None else piece
 
     def without_passed(self, outs, inside, passed: dict[int, int]) -> list:
         """`outs` for a transform to return; a View that only passes through is None there, and noted in `passed`."""
@@ -271,6 +289,11 @@ def _unpack(values: list) -> tuple[list, Callable]:
         ]
 
     return arrays, rebuild
+
+
+def _joined(pieces):
+    """What the parts of a scan put out, one after the other."""
+    return pieces[0] if len(pieces) == 1 else lax.concatenate(pieces, 0)
 
 
 # Equations that compute on a Weight: (equation, operands) -> (op, other operand, View).

@@ -50,6 +50,11 @@ class View:
             layout = Layout(tuple(cuts), self.layout.axes)
         return View(weight, layout, self.dtype, self.path)
 
+    def layers_differ_at(self) -> tuple[int, ...]:
+        """Places along view axis 0, a stack of layers, from which on the Weight is of another kind."""
+        axis = self.layout.base_axis(0)
+        return self.weight.cuts() if axis is not None and self.weight.labels[axis] == "s" else ()
+
     def shards(self, entries, sizes: dict[str, int]) -> tuple[Weight, Layout]:
         """How each field is split where view axis k is split over the mesh axes `entries[k]`, and one shard's layout.
 

@@ -105,6 +105,13 @@ class Weight:
         base = self.base.fitted() if isinstance(self.base, Weight) else self.base
         return self if base is self.base else self.replace(base=base)
 
+    def cuts(self) -> tuple[int, ...]:
+        """Layers of the stack from which on the Weight is of another kind; `lift` takes a scan apart there.
+
+        Default: none. A Weight with cuts gives in `along` another Weight for the layers between two of them.
+        """
+        return self.base.cuts() if isinstance(self.base, Weight) else ()
+
     def why_not_merge(self) -> str | None:
         """Why this Weight has no dense form; None where it has one."""
         return self.base.why_not_merge() if isinstance(self.base, Weight) else None

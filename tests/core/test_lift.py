@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jpeft
-from jpeft.core.weight import Weight, from_matrix, matrix_sizes, static, to_matrix, weight
+from jpeft.core.weight import Unfrozen, Weight, from_matrix, matrix_sizes, static, to_matrix, weight
 from jpeft.methods.lora import LowRank
 
 KINDS = ("dense", "experts", "embedding", "conv")
@@ -321,6 +321,40 @@ def test_nested_scans_and_layers_in_reverse():
     bound = adapt(fn, params, x)
     assert bound["w"].labels == "ssio" and bound["w"].axes == "io"
     agree(fn, bound, x)
+
+
+@weight
+class DoubledFrom(Weight):
+    """The layers from `first` on count twice."""
+
+    base: jax.Array
+    axes: str = static()
+    first: int = static(0)
+
+    def cuts(self):
+        return (self.first,)
+
+    def along(self, axis, fn, *, drop=False):
+        layers = np.asarray(fn(np.arange(self.shape[axis]), 0))
+        assert layers.max() < self.first or layers.min() >= self.first, "taken apart where the layers differ"
+        return Unfrozen(fn(self.base, axis) * (1 + (layers.min() >= self.first)), axes=self.axes)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_scan_is_taken_apart_where_the_layers_of_a_weight_differ(reverse):
+    def fn(p, x):
+        body = lambda x, layer: (jnp.tanh(x @ layer[0] @ layer[1]), (x, layer[2]))
+        return lax.scan(body, x, (p["w"], p["v"], jnp.arange(4)), reverse=reverse)
+
+    p, x = {"w": numbers(4, 5, 5), "v": numbers(4, 5, 5, seed=1)}, numbers(2, 5)
+    twice = lambda w, first: w * (1 + (np.arange(4) >= first))[:, None, None]
+    weights = {n: DoubledFrom(jnp.asarray(p[n]), axes="io", first=k) for n, k in (("w", 1), ("v", 3))}
+    expected = fn({"w": twice(p["w"], 1), "v": twice(p["v"], 3)}, x)
+    for a, b in zip(jax.tree.leaves(jpeft.lift(fn)(weights, x)), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    adapted_too = weights | {"v": adapted(p["v"], "sio")}  # is cut with its neighbour
+    merged = {"w": twice(p["w"], 1), "v": adapted_too["v"].dense()}
+    np.testing.assert_allclose(jpeft.lift(fn)(adapted_too, x)[0], fn(merged, x)[0], atol=1e-5)
 
 
 def test_leaves_that_pass_through_a_scan_or_a_remat_stay_what_they_are():
