@@ -110,19 +110,20 @@ def population(arm: Arm, steps: int = STEPS) -> Outcome:
     trainable = stack([starts[seed] for _, seed in members])
     rates = jnp.asarray([rate for rate, _ in members])
 
-    tx = method.optimizer(arm.wrap(optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())))
+    adam = lambda rate: optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.scale(-rate))
+    tx_of = lambda rate: method.optimizer(arm.wrap(adam(rate)))  # the rate is a member's own, and may be traced
     schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, steps // 10, steps)
     loss = lambda t, f, tokens, mask: loss_of(jpeft.lift(apply), method.bind(t, f), tokens, mask) + method.penalty(t)
 
     def one(trainable, state, rate, now, frozen, tokens, mask):
         grads = jax.grad(loss)(trainable, frozen, tokens, mask)
-        updates, state = tx.update(grads, state, trainable)
-        return optax.apply_updates(trainable, jax.tree.map(lambda u: -rate * schedule(now) * u, updates)), state
+        updates, state = tx_of(rate * schedule(now)).update(grads, state, trainable)
+        return optax.apply_updates(trainable, updates), state
 
     step = jax.jit(jax.vmap(one, in_axes=(0, 0, 0, None, None, 0, 0)), donate_argnums=(0, 1))
     held = lambda t, f: loss_of(jpeft.lift(apply), method.bind(t, f), *map(jnp.asarray, HELD_OUT))
     evaluate = jax.jit(lambda ts, f: jax.lax.map(lambda t: held(t, f), ts))
-    state = jax.jit(jax.vmap(tx.init))(trainable)
+    state = jax.jit(jax.vmap(tx_of(0.0).init))(trainable)
     orders = [np.random.default_rng(seed) for seed in range(SEEDS)]
     early = None
     for now in range(steps):
@@ -205,7 +206,7 @@ def experiment_budget() -> None:
     print("  kept ranks by layer, first seed:")
     total = 0
     for path, w in weights:
-        kept = np.sum(np.asarray(w.lam) != 0, axis=-1)
+        kept = np.sum(np.asarray(w.singular_values) != 0, axis=-1)
         total += int(kept.sum())
         print(f"    {path:<40}{' '.join(f'{k:>2}' for k in kept)}")
     print(f"  in all {total}; the budget is {4 * sum(w.shape[0] for _, w in weights)}")
