@@ -74,7 +74,8 @@ class Method:
     def wrap_calibrated(self, key: jax.Array, leaf, site: Site, given) -> Weight:
         """As `wrap`, with what the calibration says of the path; None where it says nothing.
 
-        `given` is `{field: array}`, a `Saved`, where a saved adapter is loaded: fields that are not made again.
+        `given` is `{field: array}`, a `Saved`, where a saved adapter is loaded: fields that are not made again; empty
+        where the adapter has none of this leaf.
         """
         return self.wrap(key, leaf, site)
 
@@ -102,13 +103,14 @@ class Method:
         whole = select(sites, self.modules_to_save, _ANY_KIND) if self.modules_to_save else {}
         _check_paths({**chosen, **whole}, params)
         given = self._calibration_of(chosen, _with_weights(self, calibration, params))
+        nothing = Saved() if any(isinstance(found, Saved) for found in given.values()) else None
 
         def place(path, leaf):
             if path in whole:
                 return Unfrozen(leaf, axes=whole[path].axes.lstrip("s"))
             if path not in chosen:
                 return leaf
-            return self.wrap_calibrated(key_for_path(key, path), leaf, chosen[path], given.get(path))
+            return self.wrap_calibrated(key_for_path(key, path), leaf, chosen[path], given.get(path, nothing))
 
         bound = map_with_paths(place, params)
         own = lambda path, leaf: _outer_mask(leaf) if path in chosen or path in whole else _none_of(leaf)
