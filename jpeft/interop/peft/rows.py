@@ -75,8 +75,9 @@ def _letters(w: Weight, name: str) -> str:
 def adapted(bound, export: Export) -> dict[str, Weight]:
     """`{path: Weight}` of the leaves that the method has put Weights in."""
     fields = {field for tensors in export.tensors.values() for field, _ in tensors.values()}
-    weights = ((path, w) for path, w in leaves_with_paths(bound) if isinstance(w, Weight))
-    return {path: w for path, w in weights if isinstance(w, Unfrozen) or fields & w.FIELDS.keys()}
+    weights = {path: w for path, w in leaves_with_paths(bound) if isinstance(w, Weight)}
+    own = lambda w: {"base"} if isinstance(w, Unfrozen) else fields & w.FIELDS.keys()
+    return {path: w for path, w in weights.items() if any(getattr(w, field) is not None for field in own(w))}
 
 
 def is_whole(w: Weight, export: Export) -> bool:
@@ -87,12 +88,10 @@ def is_whole(w: Weight, export: Export) -> bool:
 
 def layers_of(w: Weight) -> int | None:
     """The layers of a stacked leaf; None for one that is no stack."""
-    if w.base is not None:
-        stacked = w.labels.startswith("s")
-        return matrix_sizes(w.shape, w.labels)[0][0] if stacked else None
-    fields = [(getattr(w, f), letters) for f, letters in w.FIELDS.items() if f not in w.UNSTACKED]
-    x, letters = next((x, letters) for x, letters in fields if x is not None)
-    return x.shape[0] if x.ndim > len(letters) + w.axes.count("b") else None
+    for name, letters in w.FIELDS.items():
+        if name not in w.UNSTACKED and (x := getattr(w, name)) is not None:
+            return x.shape[0] if x.ndim > len(letters) + w.axes.count("b") else None
+    return matrix_sizes(w.shape, w.labels)[0][0] if "s" in w.labels else None
 
 
 def site_of(path: str, w: Weight, sites: Sites | None) -> Site:
@@ -108,7 +107,10 @@ def site_of(path: str, w: Weight, sites: Sites | None) -> Site:
         if len(w.axes) != axes or kind == "dense" and layers is None and len(module) < 2:
             raise ValueError(f"{path}: how the model uses it is not known from its name; write sites=sites")
         return Site(path, kind, (), None, "s" * (layers is not None) + w.axes, 1, 0)
-    uses = {s.kind: s for s in reversed(list(sites)) if s.path == path}
+    uses: dict[str, Site] = {}
+    for use in sites:
+        if use.path == path:
+            uses.setdefault(use.kind, use)
     if len(uses) > 1:
         raise ValueError(
             f"{path} is used as {' and '.join(uses)}: an adapter of HF PEFT reaches one module, not all that share a "
