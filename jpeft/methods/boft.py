@@ -117,7 +117,7 @@ class BOFT(Method):
     scaled: bool = False
     dropout: float = 0.0
 
-    SMALL = {"boft_block_size": 2, "boft_n_butterfly_factor": 2, "targets": "."}
+    SMALL = {"boft_block_size": 4, "targets": "."}
     EXPORT = Export(
         peft_type="BOFT",
         tensors={"dense": {"boft_R": ("whole", "mnbc"), "boft_s": ("s", "oi")}},
@@ -127,6 +127,8 @@ class BOFT(Method):
             "boft_n_butterfly_factor": "boft_n_butterfly_factor",
             "boft_dropout": "dropout",
         },
+        neutral={"init_weights": ()},
+        required={"scaled": True},
     )
 
     def __post_init__(self):

@@ -89,6 +89,7 @@ class C3A(Method):
         peft_type="C3A",
         tensors={"dense": {"c3a_kernel": ("kernel", "mnb")}},
         config={"block_size": "block_size"},
+        neutral={"init_weights": ()},
     )
 
     def __post_init__(self):

@@ -93,6 +93,7 @@ class HRA(Method):
         peft_type="HRA",
         tensors={"dense": {"hra_u": ("u", "dr")}},
         config={"r": "r", "apply_GS": "gram_schmidt"},
+        neutral={"init_weights": ()},
     )
 
     def __post_init__(self):

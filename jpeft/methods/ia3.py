@@ -111,7 +111,7 @@ class IA3(Method):
     SMALL = {"targets": "(key|value|down)/kernel|embed|fused|expert|conv|torch_head", "feedforward": "down|expert"}
     EXPORT = Export(
         peft_type="IA3",
-        tensors={"dense": {"ia3_l": ("scale", "oi")}},
+        tensors={"dense": {"ia3_l": ("scale", "oi")}, "conv": {"ia3_l": ("scale", "xow")}},
         modules={"feedforward_modules": ("feedforward", "scale", "i")},
         neutral={"init_ia3_weights": ()},
     )
@@ -149,7 +149,7 @@ class IA3(Method):
         if isinstance(site, Owned):
             return ScaledOutputs(leaf, axes=axes, owner=site.owner)
         kind = ScaledInputs if isinstance(site, _FeedForward) else ScaledOutputs
-        return kind(leaf, self._ones(leaf.dtype, site), axes=axes)
+        return kind(leaf, self._ones(leaf.dtype, site), axes=axes, owner="")
 
     def _ones(self, dtype, site: Site):
         lead, n_in, n_out = matrix_sizes(site.shape, site.axes)

@@ -142,6 +142,7 @@ class OFT(Method):
             "num_cayley_neumann_terms": "terms",
             "module_dropout": "dropout",
         },
+        neutral={"init_weights": ()},
     )
 
     def __post_init__(self):

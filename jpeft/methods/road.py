@@ -4,7 +4,7 @@
                                                    [ α₂'·sin θ₂'  α₂·cos θ₂   ]
 
 Pairs of outputs, bias included, are turned and stretched: θ zero and α one at the start, exactly the pretrained
-function. Variant 1 has one θ and one α a pair, variant 2 one a row of the block, variant 4 one an entry. The cost is
+function. Variant road_1 has one θ and α a pair, road_2 one a row of the block, road_4 one an entry. The cost is
 elementwise. Pairs are neighbours (group_size 2); HF PEFT pairs the halves of groups of 64.
 """
 
@@ -23,7 +23,7 @@ from jpeft.core.weight import Weight, apply, dense, from_matrix, matrix_sizes, s
 
 __all__ = ["RoAd", "RotatedOutputs"]
 
-_PER_OUTPUT = {1: 0.5, 2: 1, 4: 2}  # numbers of each kind that a variant has for an output
+_PER_OUTPUT = {"road_1": 0.5, "road_2": 1, "road_4": 2}  # numbers of each kind that a variant has for an output
 
 
 @weight
@@ -37,7 +37,7 @@ class RotatedOutputs(Weight):
     theta: Any = None
     alpha: Any = None
     axes: str = static()
-    variant: int = static(1)
+    variant: str = static("road_1")
     group_size: int = static(2)
     owner: str = static("")
 
@@ -72,9 +72,9 @@ class RotatedOutputs(Weight):
     def _of_outputs(self, v):
         """What each output has for its cosine and for its sine."""
         lead = v.shape[:-1]
-        if self.variant == 2:
+        if self.variant == "road_2":
             return v, v
-        if self.variant == 1:
+        if self.variant == "road_1":
             pairs = v.reshape(*lead, -1, 1, self.group_size // 2)
             both = jnp.concatenate([pairs, pairs], -2).reshape(*lead, -1)
             return both, both
@@ -95,7 +95,7 @@ class RoAd(Method):
     Where a kernel has a bias beside it in the tree, both are turned by the arrays that the halves hold once.
 
     Fields:
-        variant: 1, 2 or 4 numbers of each kind for a pair of outputs.
+        variant: `"road_1"`, `"road_2"` or `"road_4"`: so many numbers of each kind for a pair of outputs.
         group_size: outputs i and i + group_size/2 of a group are a pair; even, and it must divide the outputs.
 
     Raises:
@@ -104,24 +104,25 @@ class RoAd(Method):
 
     Example:
         >>> import jpeft
-        >>> jpeft.RoAd(variant=2, group_size=64).variant
-        2
+        >>> jpeft.RoAd(variant="road_2", group_size=64).variant
+        'road_2'
     """
 
-    variant: Literal[1, 2, 4] = 1
+    variant: Literal["road_1", "road_2", "road_4"] = "road_1"
     group_size: int = 2
 
     SMALL = {"group_size": 4, "targets": "^(?!.*head)"}
     EXPORT = Export(
         peft_type="ROAD",
         tensors={"dense": {"road_theta": ("theta", "t"), "road_alpha": ("alpha", "t")}},
-        config={"group_size": "group_size"},
+        config={"variant": "variant", "group_size": "group_size"},
+        neutral={"init_weights": ()},
     )
 
     def __post_init__(self):
         super().__post_init__()
         if self.variant not in _PER_OUTPUT:
-            raise ValueError(f"expected variant as 1, 2 or 4, got variant={self.variant!r}")
+            raise ValueError(f"expected variant in {tuple(_PER_OUTPUT)}, got {self.variant!r}")
         if self.group_size < 2 or self.group_size % 2:
             raise ValueError(f"expected an even group_size >= 2, got group_size={self.group_size}")
 

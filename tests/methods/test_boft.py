@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from peft_cases import assert_same_as_peft, linear, make_case, numbers
+from small_models import make_model
 from test_oft import LLAMA3_8B, LLAMA32_3B
 
 import jpeft
@@ -56,6 +57,16 @@ def test_the_factors_are_the_butterfly_of_hf_peft_in_float64():
     np.testing.assert_allclose(jpeft.merge(bound)["kernel"], merged, atol=1e-5)
     np.testing.assert_allclose(jpeft.lift(linear)(bound, x), x @ merged.T + np.float64(params["bias"]), atol=1e-4)
     assert (np.abs(rotation) > 1e-9).mean() > np.abs(np.kron(np.eye(4), np.ones((4, 4)))).mean(), "factors mix blocks"
+
+
+def test_factors_of_stacked_layers_and_of_a_tied_head():
+    model = make_model("linen-scanned")
+    method = jpeft.BOFT(boft_block_size=2, boft_n_butterfly_factor=2, targets=".")
+    trainable, frozen = jax.jit(lambda k, p: method.init(k, p, model.sites))(KEY, model.params)
+    trainable = jax.tree.map(lambda t: t + jnp.asarray(numbers(*t.shape)) / 5, trainable)
+    bound = method.bind(trainable, frozen)
+    lifted = jax.jit(jpeft.lift(model.apply))(bound, *model.inputs)
+    np.testing.assert_allclose(lifted, model.apply(jpeft.merge(bound), *model.inputs), atol=5e-5)
 
 
 def test_one_factor_is_oft():

@@ -16,7 +16,7 @@ KEY = jax.random.key(0)
 
 @pytest.mark.parity
 @pytest.mark.parametrize("group_size", [2, 4, 8])
-@pytest.mark.parametrize("variant", [1, 2, 4])
+@pytest.mark.parametrize("variant", ["road_1", "road_2", "road_4"])
 @pytest.mark.filterwarnings("ignore")
 def test_the_same_numbers_give_what_peft_gives(variant, group_size):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
@@ -24,7 +24,7 @@ def test_the_same_numbers_give_what_peft_gives(variant, group_size):
     assert_same_as_peft(
         Case(torch.nn.Linear(6, 8), linear, numbers(3, 6), None),
         jpeft.RoAd(variant=variant, group_size=group_size, targets="kernel"),
-        peft.RoadConfig(variant=f"road_{variant}", group_size=group_size, target_modules=["0"]),
+        peft.RoadConfig(variant=variant, group_size=group_size, target_modules=["0"]),
         lambda layer: (layer.road_theta["default"], layer.road_alpha["default"]),
         lambda w: (w.theta, w.alpha),
     )
@@ -47,19 +47,19 @@ def test_neighbours_are_turned_and_stretched_with_their_bias():
     np.testing.assert_allclose(linear(jpeft.merge(bound), x), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(("variant", "expected"), [(1, 114_688), (2, 229_376), (4, 458_752)])
+@pytest.mark.parametrize(("variant", "expected"), [("road_1", 114_688), ("road_2", 229_376), ("road_4", 458_752)])
 def test_counts_on_public_models(variant, expected):
     apply, shapes = jpeft.models.abstract(LLAMA32_3B)
     sites = jpeft.find_sites(apply, shapes, jax.ShapeDtypeStruct((1, 8), jnp.int32))
     method = jpeft.RoAd(variant=variant, targets=["q_proj", "v_proj"])
     bound = jax.eval_shape(lambda key, p: method.bind(*method.init(key, p, sites)), KEY, shapes)
-    assert jpeft.count(bound).trainable == expected == int(variant / 2 * 2 * 28 * (3072 + 1024))
+    assert jpeft.count(bound).trainable == expected == int(variant[-1]) * 28 * (3072 + 1024)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"variant": 3}, "expected variant as 1, 2 or 4, got variant=3"),
+        ({"variant": "road_3"}, "expected variant in .*'road_1'.*, got 'road_3'"),
         ({"group_size": 3}, "expected an even group_size >= 2, got group_size=3"),
         ({"group_size": 0}, "got group_size=0"),
         ({"group_size": 16, "targets": "up"}, "up/kernel: group_size=16 does not divide its 40 outputs"),
