@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jpeft.core.sites import Site
 from jpeft.core.weight import apply, dense, from_matrix, static, to_matrix, weight
-from jpeft.methods.lora import LoRA, LowRank
+from jpeft.methods.lora import PEFT_LORA, LoRA, LowRank
 
 __all__ = ["DoRA", "Decomposed"]
 
@@ -82,13 +82,13 @@ class DoRA(LoRA):
     """
 
     EXPORT = replace(
-        LoRA.EXPORT,
+        PEFT_LORA,
         tensors={
-            "dense": {**LoRA.EXPORT.tensors["dense"], "lora_magnitude_vector": ("magnitude", "o")},
-            "embedding": {**LoRA.EXPORT.tensors["embedding"], "lora_magnitude_vector": ("magnitude", "o")},
-            "conv": {**LoRA.EXPORT.tensors["conv"], "lora_magnitude_vector": ("magnitude", "xow")},
+            "dense": {**PEFT_LORA.tensors["dense"], "lora_magnitude_vector": ("magnitude", "o")},
+            "embedding": {**PEFT_LORA.tensors["embedding"], "lora_magnitude_vector": ("magnitude", "o")},
+            "conv": {**PEFT_LORA.tensors["conv"], "lora_magnitude_vector": ("magnitude", "xow")},
         },
-        fixed={**LoRA.EXPORT.fixed, "use_dora": True},
+        fixed={**PEFT_LORA.fixed, "use_dora": True},
     )
 
     def wrap(self, key, leaf, site: Site) -> Decomposed:

@@ -24,7 +24,7 @@ from jpeft.core.method import Saved
 from jpeft.core.sites import Site
 from jpeft.core.tree import leaves_with_paths, map_with_paths
 from jpeft.core.weight import matrix_sizes
-from jpeft.methods.lora import LowRank, _LowRankMethod
+from jpeft.methods.lora import LowRank, _LowRankMethod, _only
 from jpeft.methods.pissa import randomized_svd
 
 __all__ = ["EVA"]
@@ -102,12 +102,10 @@ class EVA(_LowRankMethod):
         ranks = {path: w.a.shape[-1] for path, w in leaves_with_paths(trainable) if isinstance(w, LowRank)}
         ranks = {path: rank for path, rank in ranks.items() if rank}
         root = 1.0 if self.scaling == "standard" else 0.5
-        plain = self._as_lora(ranks)
-        targets = dict(zip(ranks, plain.targets, strict=True))
         plain = self._as_lora(
             ranks,
-            rank_pattern=tuple((targets[path], rank) for path, rank in ranks.items()),
-            alpha_pattern=tuple((targets[path], self.scale_of(path) * rank**root) for path, rank in ranks.items()),
+            rank_pattern=tuple((_only(path), rank) for path, rank in ranks.items()),
+            alpha_pattern=tuple((_only(path), self.scale_of(path) * rank**root) for path, rank in ranks.items()),
         )
         rescaled = lambda path, w: w.replace(scale=plain.scale_of(path)) if path in ranks else None
         return plain, map_with_paths(lambda path, w: rescaled(path, w) if isinstance(w, LowRank) else w, trainable)
@@ -121,7 +119,7 @@ class EVA(_LowRankMethod):
         rows, _, deviation, parts = state
         if rows < self._most(site):
             raise ValueError(
-                f"{path}: expected at least {self._most(site)} rows to find as many components, got {rows}; "
+                f"{path}: expected at least {self._most(site)} rows to find as many components, got {int(rows)}; "
                 "give calibrate more or larger batches"
             )
         deviation, parts = np.asarray(deviation), np.asarray(parts)
@@ -137,7 +135,7 @@ class EVA(_LowRankMethod):
 @partial(jax.jit, static_argnums=2)
 def _with_batch(state, x, size: int):
     """The state of `observe` after the rows x (*stack, rows, in)."""
-    rows, mean = x.shape[-2], jnp.mean(x, -2)
+    rows, mean = jnp.float32(x.shape[-2]), jnp.mean(x, -2)
     x = x - mean[..., None, :]
     deviation = jnp.sum(x * x, (-2, -1))
     if state is not None:

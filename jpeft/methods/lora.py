@@ -44,9 +44,9 @@ class LowRank(Factored):
     b: Any
     key: Any = None
     axes: str = static()
-    scale: float = static(1.0)
-    dropout: float = static(0.0)
-    freeze_a: bool = static(False)
+    scale: float = static(default=1.0)
+    dropout: float = static(default=0.0)
+    freeze_a: bool = static(default=False)
 
     FIELDS = {"a": "ir", "b": "ro", "key": ""}
     TRAINABLE = frozenset({"a", "b"})
@@ -135,7 +135,37 @@ class _LowRankMethod(Method):
     def _as_lora(self, paths, **changes) -> LoRA:
         """The plain LoRA of these very paths with this method's other fields, some of them changed."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(_LowRankMethod)}
-        return LoRA(**{**fields, "targets": tuple(f"^{re.escape(path)}$" for path in paths), **changes})
+        return LoRA(**{**fields, "targets": tuple(map(_only, paths)), **changes})
+
+
+def _only(path: str) -> str:
+    """The regex of one path."""
+    return f"^{re.escape(path)}$"
+
+
+PEFT_LORA = Export(
+    "LORA",
+    tensors={
+        "dense": {"lora_A.weight": ("a", "ri"), "lora_B.weight": ("b", "or")},
+        "embedding": {"lora_embedding_A": ("a", "ri"), "lora_embedding_B": ("b", "or")},
+        "conv": {"lora_A.weight": ("a", "ri"), "lora_B.weight": ("b", "orw")},
+    },
+    config={
+        "r": "rank",
+        "lora_alpha": "alpha",
+        "lora_dropout": "dropout",
+        "use_rslora": ("scaling", "rslora"),
+    },
+    patterns={"rank_pattern": ("rank_pattern", "rank"), "alpha_pattern": ("alpha_pattern", "alpha")},
+    fixed={"init_lora_weights": True, "use_dora": False, "bias": "none"},
+    neutral={
+        "init_lora_weights": (False, "gaussian", "orthogonal", "eva", "mica"),  # the others change the base
+        "eva_config": (),
+        "megatron_core": (),
+        "qalora_group_size": (),
+        "runtime_config": (),
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -164,29 +194,7 @@ class LoRA(_LowRankMethod):
     init_a: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
     freeze_a: bool = False
 
-    EXPORT = Export(
-        "LORA",
-        tensors={
-            "dense": {"lora_A.weight": ("a", "ri"), "lora_B.weight": ("b", "or")},
-            "embedding": {"lora_embedding_A": ("a", "ri"), "lora_embedding_B": ("b", "or")},
-            "conv": {"lora_A.weight": ("a", "ri"), "lora_B.weight": ("b", "orw")},
-        },
-        config={
-            "r": "rank",
-            "lora_alpha": "alpha",
-            "lora_dropout": "dropout",
-            "use_rslora": ("scaling", "rslora"),
-        },
-        patterns={"rank_pattern": ("rank_pattern", "rank"), "alpha_pattern": ("alpha_pattern", "alpha")},
-        fixed={"init_lora_weights": True, "use_dora": False, "bias": "none"},
-        neutral={
-            "init_lora_weights": (False, "gaussian", "orthogonal", "eva", "mica"),  # the others change the base
-            "eva_config": (),
-            "megatron_core": (),
-            "qalora_group_size": (),
-            "runtime_config": (),
-        },
-    )
+    EXPORT = PEFT_LORA
 
     def __post_init__(self):
         super().__post_init__()

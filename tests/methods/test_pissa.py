@@ -10,6 +10,7 @@ import pytest
 from peft_cases import assert_same_as_peft, assert_starts_as_peft, low_rank_tensors, make_case, numbers
 
 import jpeft
+import jpeft.models
 from jpeft.core.method import Method, Saved
 from jpeft.core.weight import apply, dense, static, weight
 from jpeft.methods.pissa import _NonzeroStart, randomized_svd
@@ -76,6 +77,16 @@ def test_a_base_of_16_bits_keeps_its_dtype_and_its_adapter_is_wider():
     assert frozen.base.dtype == jnp.bfloat16 and trainable.a.dtype == frozen.start_b.dtype == jnp.float32
     whole = jpeft.merge(jpeft.PiSSA().bind({"w": trainable}, {"w": frozen}))["w"]
     np.testing.assert_allclose(whole.astype("f4"), w.astype("f4"), atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["PiSSA", "OLoRA"])
+def test_counts_are_lora_s(name):
+    llama2_7b = dict(model_type="llama", hidden_size=4096, num_hidden_layers=32, num_attention_heads=32)
+    apply_fn, shapes = jpeft.models.abstract(llama2_7b | dict(intermediate_size=11008, vocab_size=32000))
+    sites = jpeft.find_sites(apply_fn, shapes, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+    method = jpeft.methods()[name](rank=8, targets=["q_proj", "v_proj"])
+    bound = jax.eval_shape(lambda key, p: method.bind(*method.init(key, p, sites)), KEY, shapes)
+    assert jpeft.count(bound).trainable == 4_194_304
 
 
 # ---- a base that is compressed, one that is adapted ----
