@@ -18,22 +18,25 @@ class Export:
     """
     Attributes:
         peft_type: PEFT's name of the method, `adapter_config.json`'s `peft_type`.
-        tensors: for each kind of site, `{tensor name after the module's: (field, letters in torch's order)}`. The letter
-            `i` or `o` stands for merged inputs or outputs; of a convolution `i` is several axes, (channels, *window),
-            and `(i)` is them merged. A letter that the field does not have is an axis of size one; `w` stands for as
-            many of them as the convolution's window has axes. The field `base` is a leaf that trains as it is. A field
-            that is None has no tensor.
-        config: `{PEFT's field: the method's field}`, or `(field, value)` for a flag of PEFT's that says whether the field
-            has that value.
+        tensors: for each kind of site, `{tensor name after the module's: (field, letters in torch's order)}`. The
+            letter `i` or `o` stands for merged inputs or outputs; of a convolution `i` is several axes, (channels,
+            *window), and `(i)` is them merged. A letter that the field does not have is an axis of size one; `w` stands
+            for as many of them as the convolution's window has axes. The field `base` is a leaf that trains as it is. A
+            field that is None has no tensor.
+        config: `{PEFT's field: the method's field}`, or `(field, value)` for a flag of PEFT's that says whether the
+            field has that value.
         patterns: `{PEFT's field: (the method's field of {regex: value}, its field of what holds elsewhere)}`.
-        modules: `{PEFT's field, a list of modules: (the method's field of targets, a Weight's field, a letter)}`; listed
-            are the modules whose field has that letter.
-        fixed: `{PEFT's field: value}` that are always written, and that a folder must have to be read as this method.
+        modules: `{PEFT's field, a list of modules: (the method's field of targets, a Weight's field, a letter)}`;
+            listed are the modules whose field has that letter.
+        fixed: `{PEFT's field: value}` that are always written, and that a folder must have to be read as this method;
+            one that is in `neutral` too may have those values instead.
         neutral: `{PEFT's field: values}` that a folder may have besides, as they change nothing that the adapter
             computes (how it started, how it trained); any value where empty. A field of PEFT's that nothing here names
             must be off: false, null, empty or zero.
         required: `{the method's field: value}`: PEFT computes the method with that value only.
-        shared: as one entry of `tensors`, for arrays that the method keeps once: `{whole tensor name: (name, letters)}`.
+        tied: whether PEFT's adapter of an embedding reaches the head that shares its weight, as ours does.
+        shared: as one entry of `tensors`, for arrays that the method keeps once: `{whole tensor name: (name,
+            letters)}`.
     """
 
     peft_type: str
@@ -45,3 +48,4 @@ class Export:
     neutral: Mapping[str, tuple] = field(default_factory=dict)
     required: Mapping[str, Any] = field(default_factory=dict)
     shared: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    tied: bool = False

@@ -110,6 +110,7 @@ class TrainableTokens(Method):
         },
         config={"token_indices": "token_indices"},
         neutral={"init_weights": ()},
+        tied=True,
     )
     SMALL = {"token_indices": (9, 4, 11), "targets": ("embedding", "all-linear")}
 

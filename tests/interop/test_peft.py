@@ -149,6 +149,37 @@ def test_peft_computes_what_we_write_and_we_compute_what_it_writes(name, llama, 
     near(ours(*folders.load(tmp_path / "theirs", params, sites)), model(torch.tensor(TOKENS)).logits.detach().numpy())
 
 
+@pytest.fixture(scope="module")
+def tied():
+    """`(config, apply, params, sites)` of a decoder whose head is its embedding."""
+    config = CONFIG | {"tie_word_embeddings": True}
+    apply, params = random_model(config)
+    return config, apply, params, jpeft.find_sites(apply, params, TOKENS)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name in METHODS if jpeft.methods()[name].EXPORT.tied])
+def test_the_head_that_shares_the_embedding_shares_the_adapter(name, tied, tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    config, apply, params, sites = tied
+    models.save(tmp_path / "base", params, config)
+    method = jpeft.methods()[name](**jpeft.methods()[name].SMALL | {"targets": "embedding"})
+    trainable, frozen = started(method, params, sites)
+    folders.save(tmp_path / "ours", method, trainable, "base", frozen, sites=sites)
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(model, tmp_path / "ours").eval()
+    wanted = jpeft.lift(apply)(method.bind(trainable, frozen), jnp.asarray(TOKENS))
+    np.testing.assert_allclose(model(torch.tensor(TOKENS)).logits.detach().numpy(), wanted, atol=1e-4)
+    model.save_pretrained(tmp_path / "theirs")
+    assert len(load_file(tmp_path / "theirs/adapter_model.safetensors")) == 2  # the head's is a second name
+    assert_same_leaves(folders.load(tmp_path / "theirs", params, sites)[1], trainable)
+    edit(tmp_path / "theirs", tensors=lambda t: t.update({k: v + 1 for k, v in t.items() if "lm_head" in k}))
+    with pytest.raises(ValueError, match="1 left over:\n.*lm_head"):
+        folders.load(tmp_path / "theirs", params, sites)
+
+
 # ---- what is written ----
 
 
@@ -454,6 +485,34 @@ def test_a_copy_of_the_base_must_be_this_base(llama, tmp_path):
     edit(tmp_path, tensors=lambda tensors: tensors.update({key: copy + 1, key.replace("embed_tokens", "norm"): copy}))
     said = unreadable(llama, tmp_path, "2 left over")
     assert "other values than this model has" in said and "norm.base_layer.weight" in said
+
+
+def has_copies(export):
+    return {name for name, _ in export.shared.values()} & {
+        f for kind in export.tensors.values() for f, _ in kind.values()
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if has_copies(jpeft.methods()[name].EXPORT)])
+def test_copies_of_one_array_must_agree(name, llama, tmp_path):
+    _, params, sites = llama
+    method = adaptable(jpeft.methods()[name], sites)
+    trainable, frozen = started(method, params, sites)
+    folders.save(tmp_path, method, trainable, "base", frozen, sites=sites)
+    first = next(iter(method.EXPORT.shared))
+    edit(tmp_path, tensors=lambda tensors: tensors.update({first: tensors[first] + 1}))
+    unreadable(llama, tmp_path, f"one array serves all of these, but their tensors differ:\n.*\n.*{first}")
+
+
+def test_a_field_with_an_axis_that_peft_lacks_is_refused():
+    from jpeft.core.export import Export
+    from jpeft.interop.peft.rows import rows_of
+    from jpeft.methods.lora import LowRank
+
+    leaves = {"up/kernel": LowRank(None, jnp.ones((4, 2)), jnp.ones((2, 4)), axes="io")}
+    export = Export("LORA", {"dense": {"a": ("a", "i")}})
+    with pytest.raises(ValueError, match=r"not for up/kernel \(a with an axis r\)"):
+        list(rows_of(leaves, {"up/kernel": site("up/kernel")}, {"up/kernel": "up"}, export, complete=True))
 
 
 # ---- names and axes ----

@@ -58,7 +58,7 @@ def load(path: str | Path, params, sites: Sites) -> tuple[Method, Any, Any]:
 
     def plan() -> tuple[dict[str, Weight], list[Row]]:
         leaves = adapted(jax.eval_shape(lambda p: method.bind(*start(p)), params), kind.EXPORT)
-        own = {p: site_of(p, w, sites) for p, w in leaves.items()}
+        own = {p: site_of(p, w, sites, kind.EXPORT) for p, w in leaves.items()}
         return leaves, list(rows_of(leaves, own, found.templates, kind.EXPORT, complete=True))
 
     leaves, rows = plan()
@@ -89,12 +89,14 @@ def _file(folder: Path) -> Path:
 @dataclass
 class _Found:
     """What the tensors' names say. `own` are the leaves that the method adapts, `whole` those that train as they are,
-    both `{path: (site, template)}`; `keys` are the tensors that belong to them, `copies` those of the base itself."""
+    both `{path: (site, template)}`; `keys` are the tensors that belong to them, `copies` those of the base itself,
+    `second` those of a module that has only a second name of a leaf."""
 
     own: dict[str, tuple[Site, str]] = field(default_factory=dict)
     whole: dict[str, tuple[Site, str]] = field(default_factory=dict)
     keys: list[str] = field(default_factory=list)
     copies: list[str] = field(default_factory=list)
+    second: list[str] = field(default_factory=list)
     left_over: list[str] = field(default_factory=list)
 
     @property
@@ -130,7 +132,9 @@ def _matched(stored: Mapping[str, Stored], export: Export, config: Mapping[str, 
         except ValueError as error:
             problems.append(f"{key}: {error}")
             continue
-        if hit is None:
+        if hit is None and export.tied and group is found.own:
+            found.second.append(key)
+        elif hit is None:
             found.left_over.append(f"{key} {list(stored[key].shape)}")
         elif group.setdefault(hit[0].path, hit)[1] != hit[1]:
             problems.append(f"{key}: {hit[0].path} is {group[hit[0].path][1]} already")
@@ -161,9 +165,10 @@ def _unlisted(found: _Found, config: Mapping[str, Any], export: Export, sites: S
 
 
 def _foreign(found: _Found, sites: Sites, params, file) -> list[str]:
-    """Copies of the base's weights in the file that are not those of this base."""
+    """Copies of the base's weights in the file that are not those of this base, and second names of other tensors."""
     leaves = dict(leaves_with_paths(params))
-    lines = []
+    known = [file.get_tensor(key) for key in found.keys] if found.second else []
+    lines = [key for key in found.second if not any(np.array_equal(file.get_tensor(key), x) for x in known)]
     for key in found.copies:
         module = key.removeprefix(ROOT).removesuffix(_BASE_COPY)
         hit = match(module, [s for s in sites if s.kind in ("dense", "embedding") and s.path in found.own])
@@ -228,16 +233,17 @@ def _read(rows: list[Row], leaves: Mapping[str, Weight], file) -> tuple[dict[str
         parts.setdefault((row.path, row.field), []).append(one)
     values: dict[str, dict[str, Any]] = {}
     shared: dict[str, Any] = {}
+    differing = []
     for row in {(row.path, row.field): row for row in rows}.values():
-        found = parts[row.path, row.field]
-        w = leaves[row.path]
-        array = jnp.asarray(np.stack(found) if row.stacked else found[0], _dtype(row, leaves))
-        if row.field == "base":
-            array = whole_array(array, w)
-        if row.shared is None:
-            values.setdefault(row.path, {})[row.field] = array
+        found, w = parts[row.path, row.field], leaves[row.path]
+        whole, copies = (np.stack(found), []) if row.stacked else (found[0], found[1:])
+        array = jnp.asarray(whole, _dtype(row, leaves))
+        if row.shared is not None:
+            copies.append(shared.setdefault(row.shared, array))
         else:
-            shared[row.shared] = array
+            values.setdefault(row.path, {})[row.field] = whole_array(array, w) if row.field == "base" else array
+        differing += [] if all(np.array_equal(array, copy) for copy in copies) else [row.name]
+    raise_together("one array serves all of these, but their tensors differ", {"differing": differing})
     return values, shared
 
 

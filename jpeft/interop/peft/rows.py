@@ -94,11 +94,12 @@ def layers_of(w: Weight) -> int | None:
     return matrix_sizes(w.shape, w.labels)[0][0] if "s" in w.labels else None
 
 
-def site_of(path: str, w: Weight, sites: Sites | None) -> Site:
-    """The one use of a leaf.
+def site_of(path: str, w: Weight, sites: Sites | None, export: Export) -> Site:
+    """The one use of a leaf, or that which the method is for.
 
     Raises:
-        ValueError: no use, or several of different kinds; without `sites` a leaf that Flax's names do not explain.
+        ValueError: no use, or several of different kinds that PEFT's adapter does not reach; without `sites` a leaf
+            that Flax's names do not explain.
     """
     if sites is None:
         *module, name = path.split("/")
@@ -111,6 +112,8 @@ def site_of(path: str, w: Weight, sites: Sites | None) -> Site:
     for use in sites:
         if use.path == path:
             uses.setdefault(use.kind, use)
+    if export.tied and (known := [use for kind, use in uses.items() if kind in export.tensors]):
+        return known[0]
     if len(uses) > 1:
         raise ValueError(
             f"{path} is used as {' and '.join(uses)}: an adapter of HF PEFT reaches one module, not all that share a "
@@ -158,6 +161,9 @@ def rows_of(
             for tensor, (field, wants) in tensors.items():
                 if getattr(w, field) is None and (complete or field in w.trainable_fields()):
                     continue
+                if unlike := set(_letters(w, field)) - set(wants):
+                    unknown.append(f"{path} ({field} with an axis {unlike.pop()})")
+                    break
                 name = f"{ROOT}{names[path]}.{tensor}"
                 stacked = layer is not None and field not in w.UNSTACKED
                 layout = Layout(_letters(w, field), wants, window)

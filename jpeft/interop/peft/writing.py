@@ -73,7 +73,7 @@ def save(
     name = str(base) if isinstance(base, str | os.PathLike) else ""
     if base is not None and not name:
         _check_shapes(leaves, base)
-    own = {p: site_of(p, w, sites) for p, w in leaves.items()}
+    own = {p: site_of(p, w, sites, export) for p, w in leaves.items()}
     names = {p: module_name(site, sites, prefix) for p, site in own.items()}
     rows = list(rows_of(leaves, own, names, export, complete=frozen is not None))
     if lacking := [row.key for row in rows if row.value(leaves) is None]:
