@@ -24,3 +24,10 @@ def rank_problem(rank: int, site: Site) -> str | None:
     if rank <= min(n_in, n_out):
         return None
     return f"rank {rank} is above min(in, out) = min({n_in}, {n_out}); write a smaller one, or leave the site out"
+
+
+def window_of(site: Site) -> tuple[int, int]:
+    """The input channels of a convolution's kernel and the size of its window; of other leaves the inputs and one."""
+    _, n_in, _ = matrix_sizes(site.shape, site.axes)
+    channels = n_in if site.channels is None else site.shape[site.channels]
+    return channels, n_in // channels
