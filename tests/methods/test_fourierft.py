@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from peft_cases import assert_same_as_peft, make_case, numbers
+from peft_folders import assert_same_from_folder
 from test_lora import LLAMA2_7B, LLAMA3_8B, LLAMA3_70B, QWEN3_8B
 
 import jpeft
@@ -33,6 +34,13 @@ def test_the_same_numbers_give_what_peft_gives():
         lambda layer: (layer.fourierft_spectrum["default"],),
         lambda w: (w.values,),
     )
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+def test_peft_s_folder_is_read_and_written_back(tmp_path):
+    peft = pytest.importorskip("peft")
+    assert_same_from_folder(peft.FourierFTConfig(n_frequency=9, target_modules=["first", "second"]), tmp_path)
 
 
 @pytest.mark.parity

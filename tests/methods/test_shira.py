@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from peft_cases import assert_same_as_peft, make_case, numbers
+from peft_folders import assert_same_from_folder
 from test_lora import LLAMA3_8B
 
 import jpeft
@@ -49,6 +50,13 @@ def test_the_same_numbers_give_what_peft_gives(mask):
     assert_same_as_peft(
         case, method, config, lambda layer: (layer.shira_weight["default"],), lambda w: (w.values[order],)
     )
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+def test_peft_s_folder_is_read_and_written_back(tmp_path):
+    peft = pytest.importorskip("peft")
+    assert_same_from_folder(peft.ShiraConfig(r=1, random_seed=3, target_modules=["first", "third"]), tmp_path)
 
 
 def test_wm_takes_the_largest_weights():

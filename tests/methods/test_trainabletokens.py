@@ -1,12 +1,16 @@
 """Trainable tokens against HF PEFT, and with a tied head against the merged table."""
 
+from collections import OrderedDict
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from peft_cases import assert_same_as_peft, make_case, numbers
+from safetensors.numpy import load_file
 
 import jpeft
+from jpeft.interop import peft as folders
 
 KEY = jax.random.key(0)
 TOKENS = np.array([[1, 6, 1], [0, 2, 6]])
@@ -42,6 +46,28 @@ def test_the_same_numbers_give_what_peft_gives(name, indices):
         lambda layer: (layer.trainable_tokens_delta["default"],),
         lambda w: (w.rows,),
     )
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+def test_peft_s_folder_is_read_and_written_back(tmp_path):
+    peft = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    net = torch.nn.Sequential(OrderedDict(embed=torch.nn.Embedding(7, 5)))
+    params = {"embed": {"kernel": jnp.asarray(net.embed.weight.detach().numpy())}}
+    config = peft.TrainableTokensConfig(token_indices=[3, 1], target_modules=["embed"])
+    model = peft.get_peft_model(net, config)
+    delta = model.base_model.model.embed.trainable_tokens_delta["default"]
+    delta.data += 1
+    model.save_pretrained(tmp_path / "theirs")
+    sites = jpeft.find_sites(lambda p, tokens: p["embed"]["kernel"][tokens], params, TOKENS)
+    method, trainable, frozen = folders.load(tmp_path / "theirs", params, sites)
+    assert method.token_indices == (3, 1)
+    np.testing.assert_array_equal(trainable["embed"]["kernel"].rows, delta.detach().numpy())
+    folders.save(tmp_path / "ours", method, trainable, frozen=frozen, sites=sites, prefix="", task_type=None)
+    theirs, ours = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours"))
+    assert theirs.keys() == ours.keys()
+    assert all(np.array_equal(theirs[name], ours[name]) for name in theirs)
 
 
 def test_rows_start_at_the_table_s_and_a_tied_head_sees_the_same():

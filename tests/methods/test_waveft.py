@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from peft_cases import assert_same_as_peft, linear, make_case, numbers
+from peft_folders import assert_same_from_folder
 from small_models import make_model
 
 import jpeft
@@ -26,6 +27,14 @@ def test_the_same_numbers_give_what_peft_gives(wavelet):
         lambda layer: (layer.waveft_spectrum["default"],),
         lambda w: (w.values,),
     )
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+def test_peft_s_folder_is_read_and_written_back(tmp_path):
+    peft = pytest.importorskip("peft")
+    options = {"wavelet_family": "db2", "target_modules": ["first", "second"]}
+    assert_same_from_folder(peft.WaveFTConfig(n_frequency=9, **options), tmp_path)
 
 
 @pytest.mark.parametrize("order", range(1, 11))
