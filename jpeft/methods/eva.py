@@ -65,7 +65,7 @@ class EVA(_LowRankMethod):
     KINDS = ("dense",)
     CALIBRATION = "the inputs of the matrices"
     OBSERVES = "inputs"
-    SMALL = {"rank": 2, "rho": 1.0}  # ranks that move depend on all targets, as they are meant to
+    SMALL = {"rank": 2, "alpha": 2.0, "rho": 1.0}  # ranks that move depend on all targets, as they are meant to
 
     def __post_init__(self):
         super().__post_init__()
