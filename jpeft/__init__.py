@@ -13,6 +13,7 @@ from jpeft.core.weight import Weight
 from jpeft.methods import *  # noqa: F403
 from jpeft.methods import methods
 from jpeft.methods._allocation import add_orthogonal_regularization, rank_allocator
+from jpeft.methods._dimension_search import intrinsic_dimension
 from jpeft.methods.lora import lora_plus
 from jpeft.quant import FP4, NF4, Int8
 

@@ -19,6 +19,7 @@ FUNCTIONS = {
     "find_sites",
     "from_linen",
     "from_nnx",
+    "intrinsic_dimension",
     "labels",
     "lift",
     "lora_plus",
