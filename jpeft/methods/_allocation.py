@@ -60,7 +60,7 @@ def rank_allocator(method, tx: optax.GradientTransformation) -> optax.GradientTr
     final = method.final_phase
     wrapped = optax.with_extra_args_support(tx)
 
-    def init(params) -> AllocatorState:
+    def init(params) -> Any:
         triplets = _triplets(params)
         first, last = _ends(triplets, method.target_rank)
         if not triplets or first < last:
@@ -71,9 +71,10 @@ def rank_allocator(method, tx: optax.GradientTransformation) -> optax.GradientTr
         zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), triplets)
         return AllocatorState(jnp.zeros((), jnp.int32), zeros(), zeros(), wrapped.init(params))
 
-    def update(gradients, state: AllocatorState, params=None, **extra):
+    def update(updates, state: Any, params=None, **extra):
         if params is None:
             raise ValueError("the allocator weighs the parameters; write tx.update(gradients, state, trainable)")
+        gradients = updates
         updates, inner = wrapped.update(gradients, state.inner, params, **extra)
         seen = params if method.sensitivity == "before" else optax.apply_updates(params, updates)
         step = state.step + 1
@@ -112,14 +113,14 @@ def add_orthogonal_regularization(
     """
     import optax
 
-    def update(gradients, state, params=None):
+    def update(updates, state, params=None):
         if params is None:
             raise ValueError("orthogonality is the parameters'; write tx.update(gradients, state, trainable)")
         term = jax.grad(orthogonality)(_triplets(params), form)
-        total = jax.tree.map(lambda g, t: g + (weight * t).astype(g.dtype), _triplets(gradients), term)
-        return _with_triplets(gradients, total), state
+        total = jax.tree.map(lambda g, t: g + (weight * t).astype(g.dtype), _triplets(updates), term)
+        return _with_triplets(updates, total), state
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformation(optax.init_empty_state, update)
 
 
 def orthogonality(triplets: list[Triplet], form: str = "squared") -> jax.Array:
