@@ -4,8 +4,8 @@
 
 for t = 1 … iterations from A₀·B₀ = 0; then W' = Q_T + s·A·B with A (*stack, *batch, in, rank) and B (*stack, *batch,
 rank, out) trainable: it starts near the pretrained function, where LoRA on compressed weights starts at the compressed.
-Where an earlier method of the chain compressed the leaf, q is its own: `chain(NF4(), LoftQ())`. Where the leaf is dense, q
-rounds it to `num_bits` and the base stays dense, which shows what compressing would do (HF PEFT's `loftq_init`).
+Where an earlier method of the chain compressed the leaf, q is its own: `chain(NF4(), LoftQ())`. A dense leaf is rounded
+to `num_bits` and stays dense, which shows what compressing would do (HF PEFT's `loftq_init`).
 
 The paper has s = 1; HF PEFT does not divide by s, and starts at Q + s·A·B with A·B what Q lacks.
 """

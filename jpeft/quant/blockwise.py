@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 
 from jpeft.core.ops import Dot
 from jpeft.core.weight import static, weight
@@ -33,6 +34,7 @@ class Blockwise(Packed):
 
     FIELDS = {"scales": "ko", "nested": "q", "offset": ""}
     CODEBOOK: ClassVar[str] = ""
+    GROUP: ClassVar[int] = reference.GROUP
 
     @property
     def SLICEABLE(self):  # noqa: N802  a group of 8-bit scales crosses outputs; a block crosses inputs
@@ -58,6 +60,32 @@ class Blockwise(Packed):
         scales = reference.dequantize_scales(self.scales, self.nested, self.offset)
         return self.replace(scales=scales, nested=None, offset=None, double_quant=False)
 
+    @classmethod
+    def codebook(cls) -> np.ndarray:
+        """The 16 entries, in code order."""
+        return reference.CODEBOOKS[cls.CODEBOOK]
+
+    @staticmethod
+    def scale_codebook() -> np.ndarray:
+        """The 256 entries of 8-bit scales, in code order."""
+        return reference.DYNAMIC
+
+    def flat(self):
+        """`(packed, absmax)` of a kernel (in, out) as bitsandbytes stores its transpose: see `reference`."""
+        return reference.to_bitsandbytes(self.base, self.scales, self.block_size)
+
+    @classmethod
+    def from_flat(cls, packed, absmax, nested=None, offset=None, *, shape, scale_table=None, **statics):
+        """The inverse of `flat` for a torch weight of `shape` (out, in), with the nested scales where there are any.
+
+        Scales that are codes of another `scale_table` than ours become float32, with its values.
+        """
+        codes, scales = reference.from_bitsandbytes(packed, absmax, shape, statics["block_size"])
+        parts = (scales,) if nested is None else (scales, nested, offset)
+        if nested is not None and not np.array_equal(scale_table, reference.DYNAMIC):
+            parts = (reference.dequantize_scales(*parts, table=scale_table),)
+        return cls(codes, *parts, axes="io", double_quant=len(parts) > 1, **statics)
+
     def packed(self):
         """The arrays of `reference.decode`, the codes in matrix form."""
         return self.codes(), self.scales, self.nested, self.offset
@@ -70,7 +98,7 @@ class Blockwise(Packed):
         n_in, outside = self.codes().shape[0], scales.shape[0]  # a row number beyond the last stays beyond the last
         block = jnp.where(x < n_in, x // self.block_size, outside)
         scale = replace(op, dtype=scales.dtype).contract(block, scales)
-        return reference.lookup(self.codes_at(op, x), reference.CODEBOOKS[self.CODEBOOK]) * scale
+        return reference.lookup(self.codes_at(op, x), self.codebook()) * scale
 
     def product(self, op, x, dtype):
         if not isinstance(op, Dot) or lead_of(self) or op.params.get("out_sharding") is not None:

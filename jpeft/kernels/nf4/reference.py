@@ -95,10 +95,10 @@ def quantize_scales(scales: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]
     return codes.reshape(scales.mT.shape).mT, nested[..., 0], offset
 
 
-def dequantize_scales(codes: jax.Array, nested: jax.Array, offset: jax.Array) -> jax.Array:
-    """The inverse of `quantize_scales`, float32."""
+def dequantize_scales(codes: jax.Array, nested: jax.Array, offset: jax.Array, table: np.ndarray = DYNAMIC) -> jax.Array:
+    """The inverse of `quantize_scales`, float32. `table` is the 8-bit codebook."""
     each = spread(nested[..., None], GROUP, codes.shape[-2] * codes.shape[-1])
-    scaled = jnp.asarray(DYNAMIC)[codes] * each.reshape(codes.mT.shape).mT
+    scaled = jnp.asarray(table)[codes] * each.reshape(codes.mT.shape).mT
     return scaled + offset[..., None, None]
 
 
