@@ -49,13 +49,14 @@ def adapter_of(apply, params, adapter: str) -> tuple[Any, Any, Any]:
     """`(method, trainable, frozen)` of a folder that `jpeft train` or HF PEFT wrote."""
     import jpeft
     from jpeft.interop import peft
+    from jpeft.quant import quantizers
     from jpeft.train.adapter import load_adapter
 
     path, sites = Path(adapter), sites_of(apply, params)
     if (path / "adapter_config.json").is_file():
         return peft.load(path, params, sites)
     path = path / "adapter" if (path / "adapter" / "method.json").is_file() else path  # a run's folder will do
-    return load_adapter(path, params, sites, jpeft.methods())
+    return load_adapter(path, params, sites, {**jpeft.methods(), **quantizers()})
 
 
 def complete(apply, bound, text, prompts: list[list[int]], **options) -> list[str]:
