@@ -42,7 +42,7 @@ class Entries(Update):
     values: Any
     index: Any
     axes: str = static()
-    scale: float = static(1.0)
+    scale: float = static(default=1.0)
 
     FIELDS = {"values": "k", "index": "pk"}
     TRAINABLE = frozenset({"values"})

@@ -116,7 +116,7 @@ def at_least(matrices, least: float) -> jax.Array:
     lead, (n_in, n_out) = matrices.shape[:-2], matrices.shape[-2:]
     found = []
     for matrix in np.asarray(matrices, np.float32).reshape(-1, n_in * n_out):
-        flat = np.flatnonzero(matrix >= least) if matrix.max() >= least else matrix.argmax(keepdims=True)
+        flat = np.flatnonzero(matrix >= least) if matrix.max() >= least else np.array([matrix.argmax()])
         found.append(np.stack([flat % n_out, flat // n_out]))
     most = max(one.shape[1] for one in found)
     outside = np.array([[n_out], [n_in]])
