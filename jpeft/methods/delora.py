@@ -49,7 +49,7 @@ class Bounded(Factored):
     first_b: Any = None
     key: Any = None
     axes: str = static()
-    scale: float = static(1.0)
+    scale: float = static(default=1.0)
     dropout: float = static(0.0)
 
     FIELDS = {"a": "ir", "b": "ro", "boundary": "", "norm": "i", "first_a": "ir", "first_b": "ro", "key": ""}

@@ -178,5 +178,6 @@ class LoHa(Method):
         options = {"axes": site.axes.lstrip("s"), "scale": self.alpha / rank}
         if not windowed:
             return HadamardProduct(leaf, **fields, **options)
+        assert site.channels is not None, "only a convolution has a window"
         t1, t2 = (start(rank, rank, window, fan_in=rank * window, std=0.1) for _ in range(2))
         return WindowedProduct(leaf, **fields, t1=t1, t2=t2, channels=site.channels, **options)

@@ -42,7 +42,7 @@ class Shared(Factored):
     shard: Any
     key: Any = None
     axes: str = static()
-    scale: float = static(1.0)
+    scale: float = static(default=1.0)
     dropout: float = static(0.0)
 
     FIELDS = {"shard": "ro", "key": ""}
