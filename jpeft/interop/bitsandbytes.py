@@ -121,7 +121,7 @@ def from_tensors(tensors: Mapping[str, Any], name: str, compute_dtype: str | Non
     return kind.from_flat(
         *map(jnp.asarray, (packed, found["absmax"], *outer)),
         shape=shape,
-        scale_table=found.get("nested_quant_map"),
+        scale_table=found.get("nested_quant_map", kind.scale_codebook()),
         leaf_dtype=jnp.dtype(state["dtype"]),
         compute_dtype=compute_dtype,
         block_size=block_size,

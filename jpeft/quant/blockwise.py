@@ -53,11 +53,11 @@ class Blockwise(Packed):
             return self.with_plain_scales().along(axis, fn, drop=drop)
         return super().along(axis, fn, drop=drop)
 
-    def with_plain_scales(self) -> Blockwise:
-        """The same weights with float32 scales."""
+    def with_plain_scales(self, table: np.ndarray = reference.DYNAMIC) -> Blockwise:
+        """The same weights with float32 scales, from 8-bit scales that are codes of `table`."""
         if not self.double_quant:
             return self
-        scales = reference.dequantize_scales(self.scales, self.nested, self.offset)
+        scales = reference.dequantize_scales(self.scales, self.nested, self.offset, table)
         return self.replace(scales=scales, nested=None, offset=None, double_quant=False)
 
     @classmethod
@@ -75,16 +75,14 @@ class Blockwise(Packed):
         return reference.to_bitsandbytes(self.base, self.scales, self.block_size)
 
     @classmethod
-    def from_flat(cls, packed, absmax, nested=None, offset=None, *, shape, scale_table=None, **statics):
+    def from_flat(cls, packed, absmax, nested=None, offset=None, *, shape, scale_table=reference.DYNAMIC, **statics):
         """The inverse of `flat` for a torch weight of `shape` (out, in), with the nested scales where there are any.
 
         Scales that are codes of another `scale_table` than ours become float32, with its values.
         """
         codes, scales = reference.from_bitsandbytes(packed, absmax, shape, statics["block_size"])
-        parts = (scales,) if nested is None else (scales, nested, offset)
-        if nested is not None and not np.array_equal(scale_table, reference.DYNAMIC):
-            parts = (reference.dequantize_scales(*parts, table=scale_table),)
-        return cls(codes, *parts, axes="io", double_quant=len(parts) > 1, **statics)
+        made = cls(codes, scales, nested, offset, axes="io", double_quant=nested is not None, **statics)
+        return made if np.array_equal(scale_table, reference.DYNAMIC) else made.with_plain_scales(scale_table)
 
     def packed(self):
         """The arrays of `reference.decode`, the codes in matrix form."""

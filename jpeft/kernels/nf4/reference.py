@@ -104,7 +104,7 @@ def dequantize_scales(codes: jax.Array, nested: jax.Array, offset: jax.Array, ta
 
 def decode(codes, scales, nested=None, offset=None, *, block_size: int = 64, codebook: str = "nf4") -> jax.Array:
     """As `dequantize` in float32, to be fused into what uses it: two-dimensional throughout, no table in memory."""
-    if nested is not None:
+    if nested is not None and offset is not None:
         scales = dequantize_scales(scales, nested, offset)
     return lookup(codes, CODEBOOKS[codebook]) * spread(scales, block_size, codes.shape[-2])
 
