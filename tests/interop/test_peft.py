@@ -594,11 +594,14 @@ def test_a_convolution_s_channels_come_before_its_window(axes):
         ("ir", "r(i)", (2, 12)),
         ("ro", "orw", (7, 2, 1)),
         ("o", "1ow", (1, 7, 1)),
+        ("", "l", (1,)),
     ):
         layout, field = Layout(has, wants, window), tuple({"i": 12, "r": 2, "o": 7}[c] for c in has)
         values = np.arange(np.prod(field)).reshape(field)
         assert layout.shape(field) == layout.to_torch(values).shape == shape
-        np.testing.assert_array_equal(layout.from_torch(layout.to_torch(values), field), values)
+        again = layout.from_torch(layout.to_torch(values), field)
+        assert again.shape == field
+        np.testing.assert_array_equal(again, values)
     with pytest.raises(ValueError, match="of the axes ioi it is not known which are the channels"):
         Window.of(site("c/kernel", "ioi", "conv"))
 

@@ -57,13 +57,13 @@ class Layout:
     def to_torch(self, field: np.ndarray) -> np.ndarray:
         """The tensor of a field."""
         apart, order, shape = self._plan(field.shape)
-        return np.ascontiguousarray(field.reshape(apart).transpose(order).reshape(shape))
+        return np.array(field.reshape(apart).transpose(order).reshape(shape), order="C")
 
     def from_torch(self, tensor: np.ndarray, field: Sequence[int]) -> np.ndarray:
         """The field, of this shape, of a tensor."""
         apart, order, _ = self._plan(field)
         back = tensor.reshape([apart[k] for k in order]).transpose(np.argsort(order))
-        return np.ascontiguousarray(back.reshape(tuple(field)))
+        return np.array(back.reshape(tuple(field)), order="C")
 
     def _plan(self, field: Sequence[int]):
         """`(the field's shape with a convolution's axes apart, their order in torch, torch's shape)`."""
