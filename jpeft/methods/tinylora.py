@@ -51,8 +51,8 @@ class Projected(Factored):
     key: Any = None
     axes: str = static()
     path: str = static("")
-    scale: float = static(1.0)
     dropout: float = static(0.0)
+    scale = 1.0
 
     FIELDS = {"a": "ir", "b": "ro", "p": "uqr", "v": "u", "vectors": "gu", "group": "", "key": ""}
     SLICEABLE = "io"

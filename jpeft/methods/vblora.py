@@ -42,8 +42,8 @@ class Composed(Factored):
     key: Any = None
     axes: str = static()
     topk: int = static(2)
-    scale: float = static(1.0)
     dropout: float = static(0.0)
+    scale = 1.0
 
     FIELDS = {"logits_a": "rpv", "logits_b": "qrv", "bank": "vl", "key": ""}
     TRAINABLE = frozenset({"logits_a", "logits_b", "bank"})

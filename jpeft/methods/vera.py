@@ -44,8 +44,8 @@ class VectorScaled(Factored):
     b: Any = None
     key: Any = None
     axes: str = static()
-    scale: float = static(1.0)
     dropout: float = static(0.0)
+    scale = 1.0
 
     FIELDS = {"lambda_d": "r", "lambda_b": "o", "a": "ir", "b": "ro", "key": ""}
     TRAINABLE = frozenset({"lambda_d", "lambda_b"})
