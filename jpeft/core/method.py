@@ -126,7 +126,7 @@ class Method:
                 trains |= {name: field in leaf.trainable_fields() for field, name in leaf.tied().items()}
         return partition(Tied(bound, arrays), Tied(mask, trains))
 
-    def _calibration_of(self, chosen: dict[str, Site], calibration) -> dict[str, Any]:
+    def _calibration_of(self, chosen: dict[str, Site], calibration) -> dict[str | None, Any]:
         if calibration is None and not self.CALIBRATION:
             return {}
         name = type(self).__name__
