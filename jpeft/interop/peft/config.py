@@ -38,30 +38,30 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def choose(config: Mapping[str, Any], methods: Mapping[str, type[Method]]) -> type[Method]:
-    """The class that reads a folder: by `peft_type` and the options that it fixes, the most particular one.
+def choose(config: Mapping[str, Any], methods: Mapping[str, type[Method]]) -> tuple[type[Method], Export]:
+    """The class that reads a folder, and its `EXPORT`: the most particular of that `peft_type` and fixed options.
 
     A class that inherits its `EXPORT` is written with it and read as the class that it is from.
 
     Raises:
         ValueError: a method, or a variant of one, that there is none for.
     """
-    exports = {kind: kind.EXPORT for kind in methods.values() if vars(kind).get("EXPORT") is not None}
+    exports = [(kind, export) for kind in methods.values() if (export := vars(kind).get("EXPORT")) is not None]
     name = config.get("peft_type")
-    of_type = {kind: export for kind, export in exports.items() if export.peft_type == name}
+    of_type = [(kind, export) for kind, export in exports if export.peft_type == name]
     if not of_type:
-        known = sorted({export.peft_type for export in exports.values()})
+        known = sorted({export.peft_type for _, export in exports})
         raise ValueError(f"the adapter is of peft_type {name!r}; this jpeft reads {', '.join(known)}")
     fits = lambda e, k, v: _same(config.get(k), v) or config.get(k) in e.neutral.get(k, ())
     different = lambda e: {k: v for k, v in e.fixed.items() if not fits(e, k, v)}
-    fitting = [kind for kind, export in of_type.items() if not different(export)]
+    fitting = [(kind, export) for kind, export in of_type if not different(export)]
     if not fitting:
         lines = [
             f"{kind.__name__} has " + ", ".join(f"{k}={v!r} (here {config.get(k)!r})" for k, v in different(e).items())
-            for kind, e in of_type.items()
+            for kind, e in of_type
         ]
         raise ValueError(f"no method computes this {name} adapter\n" + "\n".join(lines))
-    return max(fitting, key=lambda kind: len(exports[kind].fixed))
+    return max(fitting, key=lambda found: len(found[1].fixed))
 
 
 def _off(value: Any) -> bool:
@@ -72,14 +72,14 @@ def _same(value: Any, wanted: Any) -> bool:
     return value == wanted or _off(value) and _off(wanted)
 
 
-def options_of(kind: type[Method], config: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+def options_of(
+    kind: type[Method], export: Export, config: Mapping[str, Any], names: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
     """The method's fields; `names` are the modules of each adapted path.
 
     Raises:
         ValueError: options that the folder lacks, or that the method does not compute, all together.
     """
-    export = kind.EXPORT
-    assert export is not None
     fields = {f.name: f for f in dataclasses.fields(kind)}
     options: dict[str, Any] = dict(export.required)
     missing = []

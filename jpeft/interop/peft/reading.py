@@ -43,23 +43,23 @@ def load(path: str | Path, params, sites: Sites) -> tuple[Method, Any, Any]:
     """
     folder = Path(path)
     config = read_config(folder)
-    kind = choose(config, methods())
+    kind, export = choose(config, methods())
     stored = header(_file(folder))
-    found = _matched(stored, kind.EXPORT, config, sites)
-    what = f"the tensors in {folder} are not those of a {kind.EXPORT.peft_type} adapter for these params"
+    found = _matched(stored, export, config, sites)
+    what = f"the tensors in {folder} are not those of a {export.peft_type} adapter for these params"
     if not found.own:
         raise_together(what, {"left over": found.left_over or ["nothing: the file has no tensor of the method"]})
     modules = {p: [template.format(n) for n in range(_layers(site))] for p, (site, template) in found.own.items()}
     targets = {"targets": [*map(exactly, found.own)], "modules_to_save": [*map(exactly, found.whole)]}
-    method = kind(**targets, **options_of(kind, config, modules))
+    method = kind(**targets, **options_of(kind, export, config, modules))
 
     def start(p):
         return method.init(jax.random.key(0), p, sites)
 
     def plan() -> tuple[dict[str, Weight], list[Row]]:
-        leaves = adapted(jax.eval_shape(lambda p: method.bind(*start(p)), params), kind.EXPORT)
-        own = {p: site_of(p, w, sites, kind.EXPORT) for p, w in leaves.items()}
-        return leaves, list(rows_of(leaves, own, found.templates, kind.EXPORT, complete=True))
+        leaves = adapted(jax.eval_shape(lambda p: method.bind(*start(p)), params), export)
+        own = {p: site_of(p, w, sites, export) for p, w in leaves.items()}
+        return leaves, list(rows_of(leaves, own, found.templates, export, complete=True))
 
     leaves, rows = plan()
     if dtype := _other_dtype(method, rows, leaves, stored):
@@ -67,11 +67,12 @@ def load(path: str | Path, params, sites: Sites) -> tuple[Method, Any, Any]:
         leaves, rows = plan()
     with safetensors.safe_open(_file(folder), framework="numpy") as file:
         groups = _differences(rows, leaves, stored, found)
-        groups["missing"] += _unlisted(found, config, kind.EXPORT, sites)
+        groups["missing"] += _unlisted(found, config, export, sites)
         groups["left over"] += _foreign(found, sites, params, file)
         raise_together(what, groups)
         values, shared = _read(rows, leaves, file)
-    return method, *(_put(half, values, shared) for half in start(params))
+    trainable, frozen = start(params)
+    return method, _put(trainable, values, shared), _put(frozen, values, shared)
 
 
 def _file(folder: Path) -> Path:
@@ -158,7 +159,7 @@ def _unlisted(found: _Found, config: Mapping[str, Any], export: Export, sites: S
     rest = {s.path: s for s in sites if s.kind in export.tensors and s.path not in found.templates}
     absent = []
     for path, site in rest.items():
-        if "/" in path and site.axes.count("s") < 2:
+        if site.axes.count("s") < min(2, path.count("/")):
             module = module_name(site, sites, prefix).format(0)
             absent += [module] if listed(module, targets) and not listed(module, without) else []
     return [f"{module}, which target_modules names" for module in absent]
