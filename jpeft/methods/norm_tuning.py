@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from jpeft.core.export import Export
 from jpeft.core.method import Selective
 from jpeft.core.sites import Site, Sites
 from jpeft.core.targets import Targets
@@ -29,6 +30,10 @@ class NormTuning(Selective):
     targets: Targets = field(default="norm", kw_only=True)
 
     KINDS = ("scale",)
+    EXPORT = Export(
+        "LN_TUNING",
+        {"scale": {"ln_tuning_layers.weight": ("base", "(io)")}, "bias": {"ln_tuning_layers.bias": ("base", "(io)")}},
+    )
 
     def chosen(self, sites: Sites) -> dict[str, Site]:
         chosen = super().chosen(sites)

@@ -50,8 +50,9 @@ def load(path: str | Path, params, sites: Sites) -> tuple[Method, Any, Any]:
     if not found.own:
         raise_together(what, {"left over": found.left_over or ["nothing: the file has no tensor of the method"]})
     modules = {p: [template.format(n) for n in range(_layers(site))] for p, (site, template) in found.own.items()}
-    targets = {"targets": [*map(exactly, found.own)], "modules_to_save": [*map(exactly, found.whole)]}
-    method = kind(**targets, **options_of(kind, export, config, modules))
+    targets = [exactly(p) for p, (site, _) in found.own.items() if site.kind in kind.KINDS]
+    whole = tuple(exactly(p) for p in found.whole)
+    method = kind(targets=targets, modules_to_save=whole, **options_of(kind, export, config, modules))
 
     def start(p):
         return method.init(jax.random.key(0), p, sites)
@@ -114,7 +115,7 @@ def _matched(stored: Mapping[str, Stored], export: Export, config: Mapping[str, 
     found = _Found()
     known = sorted({name for kind in export.tensors.values() for name in kind}, key=len, reverse=True)
     problems = []
-    for key in stored.keys() - export.shared.keys():
+    for key in [key for key in stored if key not in export.shared]:
         name = key.removeprefix(ROOT) if key.startswith(ROOT) else ""
         tensor = next((t for t in known if name.endswith(f".{t}")), None)
         if tensor is not None:

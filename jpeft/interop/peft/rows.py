@@ -80,9 +80,9 @@ def adapted(bound, export: Export) -> dict[str, Weight]:
     return {path: w for path, w in weights.items() if any(getattr(w, field) is not None for field in own(w))}
 
 
-def is_whole(w: Weight, export: Export) -> bool:
+def is_whole(w: Weight, kind: str, export: Export) -> bool:
     """Whether the leaf trains as it is beside the method, rather than being what the method trains."""
-    own = any(field == "base" for tensors in export.tensors.values() for field, _ in tensors.values())
+    own = any(field == "base" for field, _ in export.tensors.get(kind, {}).values())
     return isinstance(w, Unfrozen) and not own
 
 
@@ -148,7 +148,7 @@ def rows_of(
     unknown = []
     for path, w in leaves.items():
         kind = own[path].kind
-        if is_whole(w, export):
+        if is_whole(w, kind, export):
             tensors = {parameter(path): ("base", whole_row("", own[path], w, None).layout.wants)}
         elif kind in export.tensors:
             tensors = export.tensors[kind]

@@ -80,7 +80,7 @@ def save(
         raise ValueError(f"{', '.join(lacking[:3])} is of the frozen half; write save(..., frozen=frozen)")
 
     written = {row.path for row in rows}
-    whole = {p: n for p, n in names.items() if p in written and is_whole(leaves[p], export)}
+    whole = {p: n for p, n in names.items() if p in written and is_whole(leaves[p], own[p].kind, export)}
     tuned = {p: n for p, n in names.items() if p in written and p not in whole}
     tree = trainable.tree if isinstance(trainable, Tied) else trainable
     paths = [path_string(p) for p, _ in jax.tree.leaves_with_path(tree, is_leaf=lambda x: x is None or _is_weight(x))]
