@@ -42,3 +42,8 @@ def test_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     for block in blocks:
         line = page.read_text()[: block.start(1)].count("\n")
         exec(compile("\n" * line + block[1], str(page), "exec"), names)
+
+
+def test_the_readme_lists_every_method():
+    listed = re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert [name for name in listed if name in jpeft.methods()] == list(jpeft.methods()), "scripts/methods_table.py"
