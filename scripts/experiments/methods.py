@@ -12,8 +12,11 @@ that it is reported on, so differences within the spread mean nothing. Expected 
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 from typing import Any
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # decompositions; its threads wait by spinning
 
 import jax
 import jax.numpy as jnp
@@ -102,9 +105,9 @@ def population(arm: Arm, steps: int = STEPS) -> Outcome:
         loss=lambda p, tokens: loss_of(apply, p, tokens, jnp.asarray(tokens > 0, jnp.float32)),
         mask=lambda tokens: tokens > 0,
     )
-    init = jax.jit(lambda key: method.init(key, params, sites, calibration or None))
-    _, frozen = init(jax.random.key(0))
-    starts = [init(jax.random.key(seed))[0] for seed in range(SEEDS)]
+    init = jax.jit(lambda key, params, given: method.init(key, params, sites, given))
+    starts = [init(jax.random.key(seed), params, calibration or None) for seed in range(SEEDS)]
+    frozen, starts = starts[0][1], [trainable for trainable, _ in starts]
     members = [(rate, seed) for rate in arm.rates for seed in range(SEEDS)]
     stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
     trainable = stack([starts[seed] for _, seed in members])
