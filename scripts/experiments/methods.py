@@ -133,6 +133,7 @@ def population(arm: Arm, steps: int = STEPS) -> Outcome:
         drawn = [order.integers(0, len(TRAIN[0]), ROWS) for order in orders]
         rows = np.stack([drawn[seed] for _, seed in members])
         trainable, state = step(trainable, state, rates, now, frozen, TRAIN[0][rows], TRAIN[1][rows])
+        jax.block_until_ready(state)  # XLA:CPU can hang with dozens of steps in flight on two cores
         if now + 1 == EARLY:
             early = evaluate(trainable, frozen)
     shape = (len(arm.rates), SEEDS)
