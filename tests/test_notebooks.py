@@ -19,5 +19,5 @@ def test_the_paired_forms_agree(source):
 def test_it_runs(source):
     nbclient = pytest.importorskip("nbclient")
     notebook = jupytext.read(source)
-    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute(cwd=str(source.parent))
+    nbclient.NotebookClient(notebook, timeout=1500, kernel_name="python3").execute(cwd=str(source.parent))
     assert any(cell.get("outputs") for cell in notebook.cells)

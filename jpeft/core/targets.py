@@ -89,7 +89,8 @@ def _nothing(name: str, matched: list[Site], sites: Sites, kinds: Sequence[str])
         return f"target {name} matches only {found}; expected a site of kind {', '.join(kinds)}"
     paths = list(dict.fromkeys(s.path for s in sites if s.kind in kinds))
     words = list(dict.fromkeys(word for path in paths for word in path.split("/")))
-    near = difflib.get_close_matches(name.strip("'"), words + list(PRESETS), n=3, cutoff=0.5)
+    known_words = [word for word in (*words, *PRESETS) if repr(word) != name]
+    near = difflib.get_close_matches(name.strip("'"), known_words, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
     known = ", ".join(paths[:12]) + (", ..." if len(paths) > 12 else "")
     return f"target {name} matches no site{hint}\nthe sites are: {known}"
