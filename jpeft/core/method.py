@@ -10,7 +10,6 @@ once, next to the tree, in a `Tied`; `bind` puts it into every Weight that names
 from __future__ import annotations
 
 import dataclasses
-import math
 import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -24,7 +23,7 @@ from jpeft.core.targets import Targets, select
 from jpeft.core.tree import combine, key_for_path, leaves_with_paths, map_with_paths, partition, path_string
 from jpeft.core.weight import Unfrozen, Weight
 
-__all__ = ["Method", "Selective", "Chain", "chain", "merge", "count", "trainable_mask", "labels"]
+__all__ = ["Method", "Selective", "Chain", "chain", "merge", "trainable_mask", "labels"]
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ class Method:
 
     def bind(self, trainable, frozen, key: jax.Array | None = None) -> Any:
         """The tree with Weights in it. A key switches on what is random in training (dropout)."""
-        bound = _untied(combine(trainable, frozen))
+        bound = untied(combine(trainable, frozen))
         return bound if key is None else _randomized(bound, key)
 
     def observe(self, state, seen: jax.Array, site: Site) -> Any:
@@ -278,14 +277,14 @@ def _outer_mask(weight: Weight):
     return jax.tree_util.tree_map_with_path(lambda p, _: path_string(p[:1]) in fields, weight)
 
 
-def _full_mask(leaf):
+def full_mask(leaf):
     """True for the trainable fields of a Weight and of every Weight that it holds."""
     if not isinstance(leaf, Weight):
         return _none_of(leaf)
     mask = _outer_mask(leaf)
     if not isinstance(leaf.base, Weight):
         return mask
-    return mask.replace(base=jax.tree.map(operator.or_, mask.base, _full_mask(leaf.base)))
+    return mask.replace(base=jax.tree.map(operator.or_, mask.base, full_mask(leaf.base)))
 
 
 def _randomized(bound, key):
@@ -452,7 +451,7 @@ def trainable_mask(bound) -> Any:
             f"{', '.join(tied[:5])} share what they train; expected a method without shared trainables, "
             "or train the half that `init` gives: grads = jax.grad(loss)(trainable, frozen)"
         )
-    return map_with_paths(lambda _, leaf: _full_mask(leaf), bound)
+    return map_with_paths(lambda _, leaf: full_mask(leaf), bound)
 
 
 def labels(bound) -> Any:
@@ -460,67 +459,6 @@ def labels(bound) -> Any:
     return jax.tree.map(lambda train: "trainable" if train else "frozen", trainable_mask(bound))
 
 
-@dataclass(frozen=True)
-class Count:
-    """Numbers of parameters; prints as a table."""
-
-    trainable: int
-    total: int
-    groups: tuple[tuple[str, int, int], ...]
-
-    @property
-    def fraction(self) -> float:
-        return self.trainable / max(self.total, 1)
-
-    def __str__(self) -> str:
-        rows = [("parameters", "trainable", "total", "%")]
-        for name, train, total in (*self.groups, ("all", self.trainable, self.total)):
-            rows.append((name, f"{train:,}", f"{total:,}", f"{100 * train / max(total, 1):.4f}"))
-        widths = [max(len(row[k]) for row in rows) for k in range(4)]
-        lines = ["  ".join((str.rjust if k else str.ljust)(c, widths[k]) for k, c in enumerate(row)) for row in rows]
-        rule = "─" * max(map(len, lines))
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
-
-
-def count(tree) -> Count:
-    """Trainable and total numbers of parameters of a bound tree or of one half, by leaf. Works on shapes alone.
-
-    The total holds the adapters' own parameters too, as HF PEFT counts.
-    """
-    groups, seen = [], set()
-    whole = jax.tree.map(_untied, tree, is_leaf=lambda x: isinstance(x, Tied))
-    for path, leaf in leaves_with_paths(whole):
-        leaf = _without_seen(leaf, seen)
-        sizes = [math.prod(x.shape) for x in jax.tree.leaves(leaf)]
-        mask = jax.tree.leaves(_full_mask(leaf))
-        train = sum(n for n, t in zip(sizes, mask, strict=True) if t)
-        groups.append((path, train, sum(sizes)))
-    return Count(sum(g[1] for g in groups), sum(g[2] for g in groups), tuple(groups))
-
-
-def _untied(half):
+def untied(half):
     """One half as a tree whose Weights have the shared arrays."""
     return map_with_paths(lambda _, leaf: _filled(leaf, half.arrays), half.tree) if isinstance(half, Tied) else half
-
-
-def _without_seen(leaf, seen: set):
-    """A Weight without the shared arrays that an earlier leaf has shown.
-
-    An array is known by its name and shape among the Weights of a class, and by how many of the class are below: where
-    a method is chained with itself, each has arrays of its own.
-    """
-    if not isinstance(leaf, Weight):
-        return leaf
-    below = sum(type(w) is type(leaf) for w in _held(leaf))
-    shape = lambda field: getattr(getattr(leaf, field), "shape", None)
-    marks = {field: (type(leaf), below, name, shape(field)) for field, name in leaf.tied().items()}
-    again = [field for field, mark in marks.items() if mark in seen]
-    seen.update(marks.values())
-    return leaf.replace(base=_without_seen(leaf.base, seen), **dict.fromkeys(again))
-
-
-def _held(weight: Weight):
-    """The Weights inside a Weight, from the outside in."""
-    while isinstance(weight.base, Weight):
-        weight = weight.base
-        yield weight
