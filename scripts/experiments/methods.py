@@ -234,7 +234,7 @@ def experiment_d90() -> None:
     gain = base - at_best(full).mean()
 
     def score(method):
-        return base - at_best(population(Arm(str(method), method, rates=(1e-2,)))).mean()
+        return base - at_best(population(Arm(str(method), method))).mean()
 
     print(f"\nIntrinsic dimension, SAID: full fine-tuning gains {gain:.3f}", flush=True)
     print(jpeft.intrinsic_dimension(score, gain, start=1024, smallest=64, largest=2**16, precision=0.5))
