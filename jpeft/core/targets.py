@@ -9,7 +9,7 @@ from typing import Any
 
 from jpeft.core.sites import Site, Sites
 
-__all__ = ["Targets", "PRESETS", "select", "first_match"]
+__all__ = ["Targets", "PRESETS", "select", "first_match", "refuse_unmatched"]
 
 Targets = str | Sequence[str] | Callable[[Site], bool]
 
@@ -100,3 +100,13 @@ def first_match(patterns: Mapping[str, Any] | Sequence[tuple[str, Any]], path: s
     """The value of the first pattern found in the path, else the default."""
     items = patterns.items() if isinstance(patterns, Mapping) else patterns
     return next((value for pattern, value in items if re.search(pattern, path)), default)
+
+
+def refuse_unmatched(name: str, patterns: Sequence[tuple[str, Any]], paths: Sequence[str]) -> None:
+    """Raise a ValueError unless each pattern of a method's field `name` is found in one of the adapted paths."""
+    unmatched = [pattern for pattern, _ in patterns if not any(re.search(pattern, path) for path in paths)]
+    if unmatched:
+        raise ValueError(
+            f"{name} has {', '.join(map(repr, unmatched[:5]))}, found in no adapted path; these are adapted: "
+            f"{', '.join(paths[:8])}{', ...' if len(paths) > 8 else ''}"
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from jpeft.core.method import Method
 from jpeft.core.sites import Site
-from jpeft.core.targets import first_match
+from jpeft.core.targets import first_match, refuse_unmatched
 from jpeft.core.weight import matrix_sizes
 
 __all__ = ["torch_positions"]
@@ -45,12 +44,7 @@ class _SpectralMethod(Method):
 
     def chosen(self, sites):
         chosen = super().chosen(sites)
-        unmatched = [p for p, _ in self.n_frequency_pattern if not any(re.search(p, path) for path in chosen)]
-        if unmatched:
-            raise ValueError(
-                f"n_frequency_pattern has {', '.join(map(repr, unmatched))}, found in no adapted path; these are "
-                f"adapted: {', '.join(list(chosen)[:8])}{', ...' if len(chosen) > 8 else ''}"
-            )
+        refuse_unmatched("n_frequency_pattern", self.n_frequency_pattern, list(chosen))
         return chosen
 
     def n_frequency_of(self, path: str) -> int:

@@ -24,7 +24,7 @@ from jpeft.core.export import Export
 from jpeft.core.factored import Factored
 from jpeft.core.method import Method
 from jpeft.core.sites import Site
-from jpeft.core.targets import first_match
+from jpeft.core.targets import first_match, refuse_unmatched
 from jpeft.core.tree import map_with_paths
 from jpeft.core.weight import matrix_sizes, static, weight
 from jpeft.methods._allocation import FORMS, add_orthogonal_regularization, rank_allocator
@@ -174,12 +174,7 @@ class AdaLoRA(Method):
 
     def chosen(self, sites):
         chosen = super().chosen(sites)
-        unmatched = [p for p, _ in self.rank_pattern if not any(re.search(p, path) for path in chosen)]
-        if unmatched:
-            raise ValueError(
-                f"rank_pattern has {', '.join(map(repr, unmatched[:5]))}, found in no adapted path; these are adapted: "
-                f"{', '.join(list(chosen)[:8])}{', ...' if len(chosen) > 8 else ''}"
-            )
+        refuse_unmatched("rank_pattern", self.rank_pattern, list(chosen))
         return chosen
 
     def rank_of(self, path: str) -> int:

@@ -22,7 +22,7 @@ from jpeft.core.export import Export
 from jpeft.core.factored import Factored
 from jpeft.core.method import Method
 from jpeft.core.sites import Site
-from jpeft.core.targets import first_match
+from jpeft.core.targets import first_match, refuse_unmatched
 from jpeft.core.tree import leaves_with_paths, map_with_paths
 from jpeft.core.weight import Weight, matrix_sizes, static, weight
 
@@ -101,12 +101,7 @@ class _LowRankMethod(Method):
     def chosen(self, sites):
         chosen = super().chosen(sites)
         for name in ("rank_pattern", "alpha_pattern"):
-            unmatched = [p for p, _ in getattr(self, name) if not any(re.search(p, path) for path in chosen)]
-            if unmatched:
-                raise ValueError(
-                    f"{name} has {', '.join(map(repr, unmatched))}, found in no adapted path; these are adapted: "
-                    f"{', '.join(list(chosen)[:8])}{', ...' if len(chosen) > 8 else ''}"
-                )
+            refuse_unmatched(name, getattr(self, name), list(chosen))
         return chosen
 
     def rank_of(self, path: str) -> int:

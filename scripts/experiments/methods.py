@@ -1,6 +1,6 @@
 """Do the papers' orderings hold on a small model? Each arm at its own tuned learning rate, three seeds.
 
-    python scripts/experiments/methods.py                 # all tables, about ten minutes on two idle CPU cores
+    python scripts/experiments/methods.py                 # all tables, twenty minutes on two cores without d90
     python scripts/experiments/methods.py starts plus     # some of them
 
 The model is the one that comes with the package (2.4 M parameters), the task its own: signature to summary, split by
