@@ -22,6 +22,7 @@ class Stored:
     """What a safetensors header says of a tensor."""
 
     file: Path
+    name: str
     shape: tuple[int, ...]
     dtype: str
 
@@ -44,7 +45,7 @@ def header(file: Path) -> dict[str, Stored]:
     if expected != actual:
         what = "truncated" if actual < expected else "damaged"
         raise ValueError(f"{file} is {what}: expected {expected} bytes, got {actual}; download it again")
-    return {name: Stored(file, tuple(entry["shape"]), entry["dtype"]) for name, entry in entries.items()}
+    return {name: Stored(file, name, tuple(entry["shape"]), entry["dtype"]) for name, entry in entries.items()}
 
 
 def raise_together(what: str, groups: dict[str, list[str]], most: int = 8) -> None:

@@ -79,7 +79,17 @@ def folder(path: str | Path) -> Path:
     return path
 
 
-def read(path, table: Sequence[Tensor], shapes, *, ignored: Sequence[str] = (), dtype=None, shardings=None):
+def read(
+    path,
+    table: Sequence[Tensor],
+    shapes,
+    *,
+    ignored: Sequence[str] = (),
+    renamed: Sequence[tuple[str, str]] = (),
+    optional: Sequence[str] = (),
+    dtype=None,
+    shardings=None,
+):
     """The tree of `shapes` (nested dictionaries) from a folder's safetensors, each leaf read straight into its shards.
 
     Args:
@@ -87,6 +97,9 @@ def read(path, table: Sequence[Tensor], shapes, *, ignored: Sequence[str] = (), 
         table: the model's names, for every path in `shapes`.
         shapes: the tree to fill; dtypes are not read from it.
         ignored: patterns of tensor names that may be there and are not read.
+        renamed: patterns of names by which tensors of the table may go too, each with its replacement, one after the
+            other as `re.sub` does it.
+        optional: patterns of paths whose leaves stay shapes where the folder has no tensors of their names and shapes.
         dtype: of all leaves; each as stored where None.
         shardings: one sharding, or a tree of them; the first device where None.
 
@@ -96,9 +109,12 @@ def read(path, table: Sequence[Tensor], shapes, *, ignored: Sequence[str] = (), 
             together.
     """
     path = folder(path)
-    stored = _headers(path)
-    leaves = {leaf_path: leaf.shape for leaf_path, leaf in _flat(shapes)}
-    rows = {row.path: row for row in table if row.path in leaves}
+    stored = _renamed(path, _headers(path), renamed)
+    wanted = dict(_flat(shapes))
+    rows = {row.path: row for row in table if row.path in wanted}
+    left = {p for p in wanted if any(re.search(o, p) for o in optional) and not _has(stored, rows[p], wanted[p].shape)}
+    leaves = {p: leaf.shape for p, leaf in wanted.items() if p not in left}
+    ignored = (*ignored, *(re.escape(name) + "$" for p in left for name in rows[p].names(wanted[p].shape)))
     _check_tensors(path, rows, leaves, stored, ignored)
     if shardings is None:
         shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -107,6 +123,8 @@ def read(path, table: Sequence[Tensor], shapes, *, ignored: Sequence[str] = (), 
     placed = dict(_flat(shardings))
 
     def leaf(leaf_path: str):
+        if leaf_path in left:
+            return jax.ShapeDtypeStruct(wanted[leaf_path].shape, dtype or wanted[leaf_path].dtype)
         row, shape = rows[leaf_path], leaves[leaf_path]
         sources = [stored[name] for name in row.names(shape)]
         target = dtype or jnp.result_type(*{DTYPES[source.dtype] for source in sources})
@@ -119,18 +137,36 @@ def read(path, table: Sequence[Tensor], shapes, *, ignored: Sequence[str] = (), 
     return _unflat(shapes, leaf)
 
 
+def _renamed(path, stored: dict[str, Stored], renamed: Sequence[tuple[str, str]]) -> dict[str, Stored]:
+    """The tensors by the names that the table has for them."""
+    found: dict[str, Stored] = {}
+    twice = []
+    for name, tensor in stored.items():
+        for pattern, replacement in renamed:
+            name = re.sub(pattern, replacement, name)
+        if name in found:
+            twice.append(f"{name}: {found[name].name} and {tensor.name}")
+        found[name] = tensor
+    raise_together(f"expected each tensor once in {path}", {"under two names": twice})
+    return found
+
+
+def _has(stored: dict[str, Stored], row: Tensor, shape) -> bool:
+    """Whether a leaf's tensors are all there, in their shapes."""
+    return all(name in stored and stored[name].shape == row.stored_shape(shape) for name in row.names(shape))
+
+
 def _read_shard(row: Tensor, shape, sources: list[Stored], index, dtype) -> np.ndarray:
     """The slice `index` of a leaf, filled layer by layer so that only one tensor's slice is held beside it."""
     index = tuple(slice(*cut.indices(size)) for cut, size in zip(index, shape, strict=True))
-    names = row.names(shape)
     stacked = "{}" in row.name
-    layers = range(len(names))[index[0]] if stacked else range(1)
+    layers = range(len(sources))[index[0]] if stacked else range(1)
     one = index[1:] if stacked else index
     inner = one[::-1] if row.transpose else one
     out = np.empty([len(range(*cut.indices(size))) for cut, size in zip(index, shape, strict=True)], dtype)
     for k, layer in enumerate(layers):
         with safetensors.safe_open(sources[layer].file, framework="numpy") as file:
-            block = file.get_slice(names[layer])[inner]
+            block = file.get_slice(sources[layer].name)[inner]
         (out[k] if stacked else out)[...] = block.T if row.transpose else block
     return out
 

@@ -2,98 +2,60 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache, partial
+import difflib
+import json
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 from jax import Array
 
 from jpeft.interop import huggingface
-from jpeft.models import decoder
-from jpeft.models.config import DecoderConfig, parse_config, read_config
+from jpeft.models.decoder import DecoderApply
+from jpeft.models.family import Apply
 
-__all__ = ["Apply", "abstract", "init", "init_cache", "load", "save"]
+__all__ = ["FAMILIES", "abstract", "init", "init_cache", "load", "save"]
+
+FAMILIES: tuple[type[Apply], ...] = (DecoderApply,)
 
 
-@dataclass(frozen=True)
-class Apply:
-    """The pure function of a decoder: `apply(params, tokens) -> logits`. It compares and hashes by its config.
+def read_config(source: dict | str | Path) -> dict[str, Any]:
+    """The dictionary in a `config.json`, given as such, as its path, or as the path of the folder that holds it.
 
-    Tokens are `(batch, length)` integers and logits `(batch, length, vocabulary)` in float32. Packed batches give
-    `segment_ids (batch, length)`: a token sees the earlier ones of its own segment, 0 is padding. `positions` default
-    to the places within segments. With a `cache` (see `init_cache`) a call appends its tokens and returns `(logits,
-    cache)`; each row is then one sequence and `segment_ids` only marks padding, on either side.
-
-    >>> import jax, jax.numpy as jnp, jpeft.models
-    >>> config = dict(model_type="llama", vocab_size=32, hidden_size=16, intermediate_size=24,
-    ...               num_hidden_layers=2, num_attention_heads=2)
-    >>> apply, params = jpeft.models.init(jax.random.key(0), config)
-    >>> apply(params, jnp.array([[1, 2, 3]])).shape
-    (1, 3, 32)
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: where it is not a JSON object.
     """
-
-    config: DecoderConfig
-
-    def __call__(self, params, tokens, *, positions=None, segment_ids=None, cache=None):
-        """Logits, or `(logits, cache)` where a cache is given.
-
-        Raises:
-            ValueError: where tokens, segment_ids, positions and cache do not fit together.
-        """
-        result = self.hidden(params, tokens, positions=positions, segment_ids=segment_ids, cache=cache)
-        if cache is None:
-            return self.logits_from_hidden(params, result)
-        return self.logits_from_hidden(params, result[0]), result[1]
-
-    def hidden(self, params, tokens, *, positions=None, segment_ids=None, cache=None):
-        """The final hidden states `(batch, length, features)`, normalised; `(hidden, cache)` where a cache is given."""
-        _check_inputs(tokens, positions, segment_ids, cache)
-        hidden, cache_after = _hidden(self.config, params, tokens, positions, segment_ids, cache)
-        return hidden if cache is None else (hidden, cache_after)
-
-    def logits_from_hidden(self, params, hidden) -> Array:
-        """The vocabulary head on hidden states `(..., features)`, so that a loss can go through them in chunks."""
-        return _logits(self.config, params, hidden)
+    if isinstance(source, dict):
+        return source
+    path = Path(source)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.exists():
+        raise FileNotFoundError(f"expected a model folder with config.json, or that file, but there is no {path}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"expected JSON in {path}: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"expected a JSON object in {path}, got {type(config).__name__}")
+    return config
 
 
-@partial(jax.jit, static_argnums=0)
-def _hidden(config, params, tokens, positions, segment_ids, cache):
-    return nnx.merge(_structure(config)[0], params).hidden(tokens, positions, segment_ids, cache)
+def _described(source: dict | str | Path, num_labels: int | None) -> tuple[type[Apply], dict[str, Any]]:
+    """The family of a config, and the config with the head asked for."""
+    given = read_config(source)
+    families = {name: family for family in FAMILIES for name in family.MODEL_TYPES}
+    name = given.get("model_type")
+    if name not in families:
+        near = difflib.get_close_matches(str(name), families, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"expected model_type to be one of {sorted(families)}, got {name!r}{hint}")
+    return families[name], families[name].describe(given, num_labels)
 
 
-@partial(jax.jit, static_argnums=0)
-def _logits(config, params, hidden):
-    return nnx.merge(_structure(config)[0], params).logits(hidden)
-
-
-@lru_cache(maxsize=32)
-def _structure(config: DecoderConfig) -> tuple[Any, dict]:
-    """The graph of the NNX model and the shapes of its parameters; nothing is computed."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: decoder.Decoder(config, nnx.Rngs(0))))
-    return graph, nnx.to_pure_dict(state)
-
-
-def _check_inputs(tokens, positions, segment_ids, cache):
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"expected tokens as integers (batch, length), got {tokens.dtype}{list(tokens.shape)}")
-    for name, array in (("positions", positions), ("segment_ids", segment_ids)):
-        if array is not None and array.shape != tokens.shape:
-            raise ValueError(f"expected {name} of the tokens' shape {tokens.shape}, got {array.shape}")
-    if cache is not None and (
-        cache.segment_ids.shape[0] != len(tokens) or cache.segment_ids.shape[1] < tokens.shape[1]
-    ):
-        rows, slots = cache.segment_ids.shape
-        raise ValueError(
-            f"expected a cache for {tokens.shape[0]} rows of {tokens.shape[1]} tokens or more, got one for {rows} rows "
-            f"of {slots}; make it with init_cache(apply, batch, max_length)"
-        )
-
-
-def abstract(source, *, dtype=None, param_dtype=None, remat: str | None = None) -> tuple[Apply, dict]:
+def abstract(
+    source, *, dtype=None, param_dtype=None, remat: str | None = None, num_labels: int | None = None
+) -> tuple[Apply, dict]:
     """`(apply, shapes)` of the model that a config describes, at no cost: 70B parameters take milliseconds.
 
     Args:
@@ -102,27 +64,28 @@ def abstract(source, *, dtype=None, param_dtype=None, remat: str | None = None) 
         param_dtype: of the shapes; the config's where None.
         remat: what the backward pass computes again: None (nothing), "full" (each layer), "dots" (all but the
             products with kernels).
+        num_labels: give the model a head that classifies sequences into so many labels, in place of the head that the
+            config speaks of; None leaves the head to the config.
 
     Raises:
-        ValueError: everything about the config that this model would have to ignore.
+        ValueError: everything about the config that this model would have to ignore; labels for a family without such
+            a head.
         FileNotFoundError: where there is no such file.
     """
-    apply = Apply(parse_config(source, dtype=dtype, param_dtype=param_dtype, remat=remat))
-    return apply, jax.tree.map(lambda shape: shape, _structure(apply.config)[1])
+    family, given = _described(source, num_labels)
+    apply = family.parse(given, dtype=dtype, param_dtype=param_dtype, remat=remat)
+    return apply, apply.shapes()
 
 
-def init(key: Array, source, *, dtype=None, param_dtype=None, remat: str | None = None) -> tuple[Apply, dict]:
+def init(
+    key: Array, source, *, dtype=None, param_dtype=None, remat: str | None = None, num_labels: int | None = None
+) -> tuple[Apply, dict]:
     """`(apply, params)` with random parameters, normal with the config's `initializer_range`; else as `abstract`."""
-    apply, _ = abstract(source, dtype=dtype, param_dtype=param_dtype, remat=remat)
-    return apply, _random(apply.config, key)
+    apply, _ = abstract(source, dtype=dtype, param_dtype=param_dtype, remat=remat, num_labels=num_labels)
+    return apply, apply.random(key)
 
 
-@partial(jax.jit, static_argnums=0)
-def _random(config, key):
-    return nnx.to_pure_dict(nnx.split(decoder.Decoder(config, nnx.Rngs(key)), nnx.Param, ...)[1])
-
-
-def init_cache(apply: Apply, batch: int, max_length: int, dtype=None) -> decoder.Cache:
+def init_cache(apply: Apply, batch: int, max_length: int, dtype=None) -> Any:
     """An empty cache for `batch` rows of at most `max_length` tokens, padding counted.
 
     >>> import jax, jax.numpy as jnp, jpeft.models
@@ -135,15 +98,18 @@ def init_cache(apply: Apply, batch: int, max_length: int, dtype=None) -> decoder
     >>> logits.shape, int(cache.index)
     ((1, 1, 32), 4)
     """
-    return decoder.Cache.empty(apply.config, batch, max_length, dtype)
-
-
-def _ignored(config: DecoderConfig) -> tuple[str, ...]:
-    return decoder.HF_IGNORED + (decoder.HF_IGNORED_IF_TIED if config.tie_word_embeddings else ())
+    return apply.init_cache(batch, max_length, dtype)
 
 
 def load(
-    path: str | Path, *, dtype=None, param_dtype=None, remat: str | None = None, shardings=None
+    path: str | Path,
+    *,
+    dtype=None,
+    param_dtype=None,
+    remat: str | None = None,
+    shardings=None,
+    num_labels: int | None = None,
+    key: Array | None = None,
 ) -> tuple[Apply, dict]:
     """`(apply, params)` of a Hugging Face folder: `config.json` and one or many safetensors files.
 
@@ -156,26 +122,57 @@ def load(
         remat: as in `abstract`.
         shardings: one `jax.sharding.Sharding` for all leaves, or a tree of them shaped like the parameters (as
             `abstract` gives them); the first device where None.
+        num_labels: as in `abstract`. What of the head the folder has for so many labels is read, the rest is drawn.
+        key: to draw it from.
 
     Raises:
         FileNotFoundError: where the folder, its config or one of its files is absent.
         ValueError: on a config that the model would not honour, a truncated file, or tensors that are missing, left
-            over or of another shape, all together.
+            over or of another shape, all together; where a head is to be drawn and there is no key.
     """
-    apply, shapes = abstract(huggingface.folder(path), dtype=dtype, param_dtype=param_dtype, remat=remat)
+    folder = huggingface.folder(path)
+    apply, shapes = abstract(folder, dtype=dtype, param_dtype=param_dtype, remat=remat, num_labels=num_labels)
     params = huggingface.read(
-        path,
-        decoder.HF_TENSORS,
+        folder,
+        apply.TENSORS,
         shapes,
-        ignored=_ignored(apply.config),
+        ignored=apply.ignored,
+        renamed=apply.RENAMED,
+        optional=() if num_labels is None else apply.HEAD,
         dtype=param_dtype,
         shardings=shardings,
     )
-    return apply, params
+    return apply, _with_drawn(apply, params, key, shardings)
+
+
+def _with_drawn(apply: Apply, params: dict, key: Array | None, shardings) -> dict:
+    """The parameters, with random arrays where the folder had none and a shape stands."""
+    leaves, structure = jax.tree.flatten(params)
+    new = [k for k, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)]
+    if not new:
+        return params
+    if key is None:
+        raise ValueError("the folder has no head for these labels: pass key=jax.random.key(seed), to draw one from")
+    one = shardings is None or isinstance(shardings, jax.sharding.Sharding)
+    places = [shardings] * len(leaves) if one else jax.tree.leaves(shardings)
+
+    def draw(key):
+        random = jax.tree.leaves(apply.random(key))
+        return [random[k].astype(leaves[k].dtype) for k in new]
+
+    for k, array in zip(new, jax.jit(draw, out_shardings=[places[k] for k in new])(key), strict=True):
+        leaves[k] = array
+    return jax.tree.unflatten(structure, leaves)
 
 
 def save(
-    path: str | Path, params, source: dict | str | Path, *, overwrite: bool = False, max_shard_bytes: int = 5 * 10**9
+    path: str | Path,
+    params,
+    source: dict | str | Path,
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int = 5 * 10**9,
+    num_labels: int | None = None,
 ) -> None:
     """Write a folder that `transformers` loads: config, safetensors, and the source folder's tokenizer.
 
@@ -187,18 +184,19 @@ def save(
         source: the folder that the model came from (its tokenizer files come along), or a config as a dictionary.
         overwrite: whether an existing folder may be replaced.
         max_shard_bytes: the largest file to write, one tensor at least.
+        num_labels: as the model was made with.
 
     Raises:
         FileExistsError: where the folder exists and `overwrite` is false.
         ValueError: where params are not those that the config describes, all differences together.
     """
-    apply, shapes = abstract(source)
+    apply, shapes = abstract(source, num_labels=num_labels)
     huggingface.write(
         path,
-        decoder.HF_TENSORS,
+        apply.TENSORS,
         params,
         shapes,
-        config=read_config(source),
+        config=_described(source, num_labels)[1],
         tokenizer_from=None if isinstance(source, dict) else Path(source),
         overwrite=overwrite,
         max_shard_bytes=max_shard_bytes,

@@ -1,16 +1,13 @@
-"""What a decoder is made of, read from a Hugging Face `config.json`."""
+"""What a decoder of the Llama shape is made of, read from a Hugging Face config."""
 
 from __future__ import annotations
 
-import difflib
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+from jpeft.models.family import Config, absent, common_fields, common_problems, refuse
 
-__all__ = ["DecoderConfig", "Rope", "parse_config", "read_config"]
+__all__ = ["FAMILIES", "DecoderConfig", "Rope", "parse_config"]
 
 
 @dataclass(frozen=True)
@@ -26,14 +23,9 @@ class Rope:
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
-    """A decoder-only transformer of the Llama shape; field names are Hugging Face's where it has the field.
+class DecoderConfig(Config):
+    """A decoder-only transformer of the Llama shape; `windows` has each layer's sliding window, None for none."""
 
-    `windows` holds each layer's sliding window, None for full attention. `dtype` is the compute dtype (None: that of
-    the embedding), `remat` one of `REMAT_NAMES` (None: everything is kept for the backward pass).
-    """
-
-    model_type: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -50,10 +42,6 @@ class DecoderConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
-    param_dtype: str = "float32"
-    dtype: str | None = None
-    remat: str | None = None
 
 
 # What a family's config.json leaves unsaid, and what it takes from which key.
@@ -70,57 +58,24 @@ HONOURS = {  # keys that only some families know
     "layer_types": ("qwen2", "qwen3"),
 }
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-REMAT_NAMES = ("full", "dots")  # keep nothing of a layer, or the results of its matrix products
 
 
-def read_config(source: dict | str | Path) -> dict[str, Any]:
-    """The dictionary in a `config.json`, given as such, as its path, or as the path of the folder that holds it.
-
-    Raises:
-        FileNotFoundError: where there is no such file.
-        ValueError: where it is not a JSON object.
-    """
-    if isinstance(source, dict):
-        return source
-    path = Path(source)
-    path = path / "config.json" if path.is_dir() else path
-    if not path.exists():
-        raise FileNotFoundError(f"expected a model folder with config.json, or that file, but there is no {path}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"expected JSON in {path}: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"expected a JSON object in {path}, got {type(config).__name__}")
-    return config
-
-
-def parse_config(
-    source: dict | str | Path, *, dtype: Any = None, param_dtype: Any = None, remat: str | None = None
-) -> DecoderConfig:
+def parse_config(given: dict[str, Any], *, dtype: Any, param_dtype: Any, remat: str | None) -> DecoderConfig:
     """A `DecoderConfig` from what Hugging Face writes for Llama, Mistral, Qwen2 and Qwen3.
 
     Raises:
         ValueError: everything about the config that the decoder would not honour, all together.
     """
-    given = read_config(source)
-    family = given.get("model_type")
-    if family not in FAMILIES:
-        near = difflib.get_close_matches(str(family), FAMILIES, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"expected model_type to be one of {sorted(FAMILIES)}, got {family!r}{hint}")
+    family = given["model_type"]
 
     def get(key: str, default: Any = None) -> Any:
         return default if given.get(key) is None else given[key]
 
-    if problems := _problems(given, family, remat):
-        raise ValueError("the decoder cannot honour this config:\n  " + "\n  ".join(problems))
-
+    refuse("the decoder", absent(given, REQUIRED) or _problems(given, family) + common_problems(given, remat))
     defaults = FAMILIES[family]
     heads, layers = given["num_attention_heads"], given["num_hidden_layers"]
     bias = bool(get("attention_bias", False))
     return DecoderConfig(
-        model_type=family,
         **{key: int(given[key]) for key in REQUIRED},
         num_key_value_heads=int(get("num_key_value_heads", defaults.get("num_key_value_heads", heads))),
         head_dim=int(get("head_dim", defaults.get("head_dim", given["hidden_size"] // heads))),
@@ -133,18 +88,13 @@ def parse_config(
         mlp_bias=bool(get("mlp_bias", False)),
         qk_norm=defaults.get("qk_norm", False),
         tie_word_embeddings=bool(get("tie_word_embeddings", False)),
-        initializer_range=float(get("initializer_range", 0.02)),
-        param_dtype=jnp.dtype(param_dtype or get("dtype") or get("torch_dtype") or "float32").name,
-        dtype=None if dtype is None else jnp.dtype(dtype).name,
-        remat=remat,
+        **common_fields(given, dtype, param_dtype, remat),
     )
 
 
-def _problems(given: dict, family: str, remat: str | None) -> list[str]:
+def _problems(given: dict, family: str) -> list[str]:
     """One line for everything that the decoder would have to ignore or guess."""
-    found = [f"expected {key}, which is absent" for key in REQUIRED if not isinstance(given.get(key), int)]
-    if found:
-        return found
+    found: list[str] = []
     say = lambda what, came: found.append(f"expected {what}, got {came}")
     heads = given["num_attention_heads"]
     kv_heads = given.get("num_key_value_heads") or FAMILIES[family].get("num_key_value_heads", heads)
@@ -154,9 +104,6 @@ def _problems(given: dict, family: str, remat: str | None) -> list[str]:
         say("hidden_act 'silu'", repr(given["hidden_act"]))
     if given.get("attention_dropout"):
         say("attention_dropout 0.0", given["attention_dropout"])
-    if given.get("quantization_config"):
-        method = given["quantization_config"].get("quant_method")
-        say("unquantized weights (quantize them with a jpeft method after loading)", f"quant_method={method!r}")
     for key, families in HONOURS.items():
         if given.get(key) and family not in families:
             say(f"{key} only with model_type {' or '.join(families)}", f"{given[key]} with {family!r}")
@@ -181,8 +128,6 @@ def _problems(given: dict, family: str, remat: str | None) -> list[str]:
     partial = rope.get("partial_rotary_factor") or given.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
         say("partial_rotary_factor 1.0", partial)
-    if remat is not None and remat not in REMAT_NAMES:
-        say(f"remat to be None or one of {list(REMAT_NAMES)}", repr(remat))
     return found
 
 

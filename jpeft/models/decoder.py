@@ -7,18 +7,22 @@ axes are `t` (of the tokens given now) and `s` (of the keys: `t`, or the cache's
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, struct
+from flax import nnx
 from jax import Array
 
 from jpeft.core.attention import attention
 from jpeft.interop.huggingface import Tensor
-from jpeft.models.config import DecoderConfig, Rope
+from jpeft.models.causal import Cache, CausalApply, Context
+from jpeft.models.config import FAMILIES, DecoderConfig, Rope, parse_config
+from jpeft.models.layers import Embedding, Linear, RMSNorm, stack
 
-__all__ = ["HF_IGNORED", "HF_TENSORS", "Cache", "Decoder"]
+__all__ = ["Decoder", "DecoderApply"]
 
 HF_TENSORS = (
     Tensor("embed_tokens/embedding", "model.embed_tokens.weight"),
@@ -46,73 +50,6 @@ HF_TENSORS = (
 # Buffers that older checkpoints carry, and the second name of a tied embedding: read by nothing, missed by nobody.
 HF_IGNORED = (r"\.rotary_emb\.inv_freq$",)
 HF_IGNORED_IF_TIED = (r"^lm_head\.weight$",)
-
-# A layer's results that the backward pass finds stored; the rest is computed again.
-REMAT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-
-
-@struct.dataclass
-class Cache:
-    """Keys and values of the tokens seen so far, in slots `[0, index)`.
-
-    `keys`, `values` `(layers, batch, slots, kv_heads, head_dim)`; `segment_ids (batch, slots)`, 0 where a slot is
-    empty or holds padding; `index ()` the next free slot. Writing past the last slot makes the hidden states NaN:
-    silence would be a wrong text.
-    """
-
-    keys: Array
-    values: Array
-    segment_ids: Array
-    index: Array
-
-    @classmethod
-    def empty(cls, config: DecoderConfig, batch: int, slots: int, dtype=None) -> Cache:
-        shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_dim)
-        dtype = dtype or config.dtype or config.param_dtype
-        zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), zeros(batch, slots), zeros())
-
-
-class RMSNorm(nnx.Module):
-    """`x / sqrt(mean(x^2) + eps) * scale` in float32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
-
-    def __init__(self, features: int, config: DecoderConfig):
-        self.scale = nnx.Param(jnp.ones(features, config.param_dtype))
-        self.eps = config.rms_norm_eps
-
-    def __call__(self, x: Array) -> Array:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale.get_value().astype(jnp.float32)).astype(x.dtype)
-
-
-class Linear(nnx.Module):
-    """`x @ kernel (+ bias)` in the dtype of `x`; kernel `(in, out)`."""
-
-    def __init__(self, features_in: int, features_out: int, config: DecoderConfig, rngs: nnx.Rngs, *, bias=False):
-        shape = (features_in, features_out)
-        self.kernel = nnx.Param(_normal(rngs, shape, config))
-        if bias:
-            self.bias = nnx.Param(jnp.zeros(features_out, config.param_dtype))
-        self.has_bias = bias
-
-    def __call__(self, x: Array) -> Array:
-        y = x @ self.kernel.get_value().astype(x.dtype)
-        return y + self.bias.get_value().astype(x.dtype) if self.has_bias else y
-
-
-class Embedding(nnx.Module):
-    """Rows of a `(vocabulary, features)` table. A token outside the vocabulary gives NaN, not a neighbour's row."""
-
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(_normal(rngs, (config.vocab_size, config.hidden_size), config))
-
-    def __call__(self, tokens: Array) -> Array:
-        return jnp.take(self.embedding.get_value(), tokens, axis=0)
-
-
-def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], config: DecoderConfig) -> Array:
-    return config.initializer_range * jax.random.normal(rngs.params(), shape, config.param_dtype)
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
@@ -151,7 +88,7 @@ class Attention(nnx.Module):
         self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * d, c, rngs, bias=c.qkv_bias)
         self.o_proj = Linear(c.num_attention_heads * d, c.hidden_size, c, rngs, bias=c.output_bias)
         if c.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(d, c), RMSNorm(d, c)
+            self.q_norm, self.k_norm = RMSNorm(d, c.rms_norm_eps, c), RMSNorm(d, c.rms_norm_eps, c)
         self.config = config
 
     def __call__(self, x: Array, positions: Array, mask: Array, store) -> tuple[Array, tuple]:
@@ -190,9 +127,9 @@ class Block(nnx.Module):
     """`h = x + attention(norm(x)); h + mlp(norm(h))`."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        self.input_layernorm = RMSNorm(config.hidden_size, config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config)
         self.self_attn = Attention(config, rngs)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config)
         self.mlp = MLP(config, rngs)
 
     def __call__(self, x: Array, positions: Array, mask: Array, store) -> tuple[Array, tuple]:
@@ -205,50 +142,27 @@ class Decoder(nnx.Module):
     """Tokens to hidden states, and hidden states to logits over the vocabulary."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        stacked = nnx.vmap(lambda rngs: Block(config, rngs), in_axes=0, out_axes=0)
-        self.embed_tokens = Embedding(config, rngs)
-        self.layers = nnx.split_rngs(splits=config.num_hidden_layers)(stacked)(rngs)
-        self.norm = RMSNorm(config.hidden_size, config)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config, rngs)
+        self.layers = stack(lambda rngs: Block(config, rngs), config.num_hidden_layers, rngs)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, config, rngs)
         self.config = config
 
     def hidden(self, tokens: Array, positions=None, segment_ids=None, cache: Cache | None = None):
         """`(h (batch, t, features), cache after these tokens or None)`."""
-        segments = jnp.ones_like(tokens) if segment_ids is None else segment_ids
-        start = 0 if cache is None else cache.index
-        seen = segments if cache is None else _write(cache.segment_ids, segments, start)
-
-        # A key's age is counted in tokens, so that padding neither fills a window nor moves a position.
-        count = jnp.cumsum(seen != 0, axis=1)
-        count_here = jax.lax.dynamic_slice_in_dim(count, start, tokens.shape[1], axis=1)
-        age = count_here[:, :, None] - count[:, None, :]  # (batch, t, s)
-        mask = (age >= 0) & (segments[:, :, None] == seen[:, None, :]) & (seen[:, None, :] != 0)
-        if positions is None:
-            positions = positions_in_segments(segments) if cache is None else jnp.maximum(count_here - 1, 0)
-
+        context = Context.of(tokens, positions, segment_ids, cache)
         x = self.embed_tokens(tokens)
         x = x.astype(self.config.dtype or x.dtype)
-        graph, weights = nnx.split(self.layers)
         windows = self.config.windows if any(self.config.windows) else None
         windows = windows and np.array([w or np.iinfo(np.int32).max for w in windows], np.int32)
 
-        def layer(x, scanned):
-            weights, window, slots = scanned
-            seen_here = mask if window is None else mask & (age < window)
-            store = lambda k, v: (k, v) if slots is None else (_write(slots[0], k, start), _write(slots[1], v, start))
-            x, stored = nnx.merge(graph, weights)(x, positions, seen_here[:, None], store)
-            return x, None if slots is None else stored
+        def step(layer, x, window, store):
+            mask = context.mask if window is None else context.mask & (context.age < window)
+            return layer(x, context.positions, mask[:, None], store)
 
-        if self.config.remat is not None:
-            layer = jax.checkpoint(layer, policy=REMAT[self.config.remat], prevent_cse=False)
-        slots = None if cache is None else (cache.keys, cache.values)
-        x, slots = jax.lax.scan(layer, x, (weights, windows, slots))
-        x = self.norm(x)
-        if cache is None or slots is None:
-            return x, None
-        end = cache.index + tokens.shape[1]
-        return jnp.where(end <= seen.shape[1], x, jnp.nan), Cache(slots[0], slots[1], seen, end)
+        x, cache = context.scan(self.layers, step, x, windows, remat=self.config.remat)
+        return self.norm(x), cache
 
     def logits(self, hidden: Array) -> Array:
         """`(..., features) -> (..., vocabulary)` in float32."""
@@ -257,13 +171,22 @@ class Decoder(nnx.Module):
         return jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
-def _write(slots: Array, new: Array, start: Array | int) -> Array:
-    """`slots (batch, s, ...)` with `new (batch, t, ...)` in the slots from `start` on."""
-    return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis=1)
+@dataclass(frozen=True)
+class DecoderApply(CausalApply):
+    """The pure function of Llama, Mistral, Qwen2 or Qwen3."""
 
+    config: DecoderConfig
 
-def positions_in_segments(segment_ids: Array) -> Array:
-    """Each token's place in its segment, segments being runs of one id: `[1, 1, 2, 2, 2] -> [0, 1, 0, 1, 2]`."""
-    places = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
-    begins = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
-    return places - jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
+    MODEL_TYPES = tuple(FAMILIES)
+    MODULE = Decoder
+    TENSORS = HF_TENSORS
+
+    @classmethod
+    def parse(cls, given: dict[str, Any], *, dtype: Any, param_dtype: Any, remat: str | None) -> DecoderApply:
+        """See `config.parse_config`."""
+        return cls(parse_config(given, dtype=dtype, param_dtype=param_dtype, remat=remat))
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Buffers of older checkpoints; the second name of a tied embedding."""
+        return HF_IGNORED + (HF_IGNORED_IF_TIED if self.config.tie_word_embeddings else ())

@@ -11,6 +11,8 @@ from safetensors.numpy import load_file, save_file
 from tiny_decoders import FAMILIES, random_model
 
 from jpeft import models
+from jpeft.interop import huggingface
+from jpeft.models.decoder import HF_TENSORS
 
 CONFIG = FAMILIES["qwen3"]
 
@@ -71,8 +73,6 @@ def test_leaves_are_read_into_the_given_shardings(saved, params):
 
 
 def test_only_the_asked_slices_are_read(saved, monkeypatch):
-    from jpeft.interop import huggingface
-
     blocks = []
     read_shard = huggingface._read_shard
 
@@ -104,6 +104,15 @@ def test_the_second_name_of_a_tied_embedding_and_old_buffers_are_not_left_over(t
 
     edit(tmp_path / "model", add)
     assert_equal(models.load(tmp_path / "model")[1], params)
+
+
+def test_a_tensor_under_two_of_its_names_is_refused(saved):
+    _, shapes = models.abstract(saved)
+    edit(saved, lambda tensors: tensors.update({"norm.gamma": np.ones(32, np.float32)}))
+    with pytest.raises(
+        ValueError, match="1 under two names:\n    model.norm.weight: (model.norm.weight|norm.gamma) and"
+    ):
+        huggingface.read(saved, HF_TENSORS, shapes, renamed=((r"^norm\.gamma$", "model.norm.weight"),))
 
 
 def test_all_mismatches_are_reported_together(saved):
