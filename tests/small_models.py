@@ -18,7 +18,8 @@ VOCABULARY, WIDTH, HEADS, FEED_FORWARD, LAYERS = 37, 24, 2, 40, 3
 class Block(nn.Module):
     @nn.compact
     def __call__(self, x, _=None):
-        x = x + nn.MultiHeadDotProductAttention(HEADS, name="attention")(nn.LayerNorm(name="norm1")(x))
+        attention = nn.MultiHeadDotProductAttention(HEADS, attention_fn=jpeft.attention, name="attention")
+        x = x + attention(nn.LayerNorm(name="norm1")(x))
         h = nn.gelu(nn.Dense(FEED_FORWARD, name="up")(nn.LayerNorm(name="norm2")(x)))
         return x + nn.Dense(WIDTH, name="down")(h), None
 
@@ -47,7 +48,7 @@ class LinenModel(nn.Module):
 
 class NNXBlock(nnx.Module):
     def __init__(self, rngs):
-        self.attention = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, attention_fn=jpeft.attention, rngs=rngs)
         self.norm = nnx.RMSNorm(WIDTH, rngs=rngs)
         self.up = nnx.Linear(WIDTH, FEED_FORWARD, rngs=rngs)
         self.down = nnx.Linear(FEED_FORWARD, WIDTH, rngs=rngs)
@@ -73,7 +74,7 @@ class NNXModel(nnx.Module):
 
 
 def plain_function(params, tokens):
-    """A function of a dict: fused projections, a convolution, experts, `[out, in]` storage, a Python loop."""
+    """A function of a dict: fused projections, grouped heads, a convolution, experts, `[out, in]` storage, a loop."""
     x = params["embed"][tokens]
     window = jax.lax.conv_general_dilated(
         x, params["conv"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=2
@@ -81,9 +82,12 @@ def plain_function(params, tokens):
     x = x + jnp.tanh(window)
     for n in range(LAYERS):
         q, k, v = jnp.einsum("btd,cdkh->cbtkh", x, params["fused"][n])
-        scores = jax.nn.softmax(jnp.einsum("btkh,bskh->bkts", q, k))
-        mixed = jnp.einsum("bkts,bskh->btkh", scores, v)
+        mixed = jpeft.attention(q, k, v, scale=1.0)
         x = x + jnp.einsum("btkh,khd->btd", mixed, params["out"][n])
+    q, k, v = (x @ params[name] for name in ("query", "key", "value"))
+    heads = lambda y: y.reshape(*y.shape[:-1], -1, WIDTH)
+    mixed = jpeft.attention(heads(q), heads(k), heads(v), is_causal=True)
+    x = x + mixed.reshape(*x.shape[:-1], -1) @ params["back"]
     rows = x.reshape(2, -1, WIDTH)  # half of the tokens to each expert
     rows = rows + jnp.einsum(
         "ebf,efd->ebd", jnp.tanh(jnp.einsum("ebd,edf->ebf", rows, params["gate"])), params["expert"]
@@ -97,6 +101,10 @@ def _plain_params(key):
         "conv": (3, WIDTH // 2, WIDTH),
         "fused": (LAYERS, 3, WIDTH, HEADS, 12),
         "out": (LAYERS, HEADS, 12, WIDTH),
+        "query": (WIDTH, HEADS * WIDTH),
+        "key": (WIDTH, WIDTH),
+        "value": (WIDTH, WIDTH),
+        "back": (HEADS * WIDTH, WIDTH),
         "gate": (2, WIDTH, FEED_FORWARD),
         "expert": (2, FEED_FORWARD, WIDTH),
         "torch_head": (19, WIDTH),

@@ -12,6 +12,7 @@ from jpeft.quant import quantizers
 
 FUNCTIONS = {
     "add_orthogonal_regularization",
+    "attention",
     "calibrate",
     "chain",
     "combine",
@@ -26,8 +27,9 @@ FUNCTIONS = {
     "merge",
     "methods",
 }
-FUNCTIONS |= {"partition", "rank_allocator", "trainable_mask"}
+FUNCTIONS |= {"partition", "prompted", "rank_allocator", "trainable_mask"}
 CLASSES = {"DensifyError", "Method", "Site", "Sites", "Weight"}
+CONSTANTS = {"VIRTUAL"}
 DOCUMENTED = {**jpeft.methods(), **quantizers()}
 HEAVY = ("torch", "transformers", "grain", "rich", "tyro", "matplotlib", "orbax", "flax", "optax", "safetensors")
 
@@ -37,7 +39,7 @@ def public():
 
 
 def test_the_public_surface_is_what_is_listed_here():
-    assert set(public()) == FUNCTIONS | CLASSES | set(DOCUMENTED)
+    assert set(public()) == FUNCTIONS | CLASSES | CONSTANTS | set(DOCUMENTED)
     assert isinstance(jpeft.__version__, str)
 
 

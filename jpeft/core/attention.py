@@ -1,18 +1,21 @@
 """Scaled dot-product attention as a named call, so that a transform of a model can find it in the model's jaxpr.
 
 A model calls `attention`, or passes it as `attention_fn=` to Linen's or NNX's `MultiHeadDotProductAttention`. In the
-jaxpr it is one `jit` equation named `MARKER` with the operands `query, key, value, mask, scale[, bias]`, in that order.
+jaxpr it is one `jit` equation named `MARKER`: from `query, key, value, mask, scale[, bias]`, in that order, to the
+result in float32 and the log-sum-exp of its scores, with which another partial attention merges exactly (`Call`).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-__all__ = ["MARKER", "attention", "attention_with_lse"]
+__all__ = ["MARKER", "Call", "attention", "attention_with_lse"]
 
 MARKER = "jpeft_attention"
 
@@ -59,9 +62,40 @@ def _group_heads(x: Array, heads: int, kv_heads: int) -> Array:
     return x.reshape(*x.shape[:-3], *groups, *x.shape[-2:])
 
 
+@dataclass(frozen=True)
+class Call:
+    """One attention call of a lifted model, as a Weight sees it that acts there (`Weight.notes`).
+
+    Attributes:
+        query: `(*batch, q, heads, head_dim)`, in the model's dtype.
+        kv_heads: of the call's own keys; extra keys have as many.
+        scale: of the scores.
+        out, lse: the result `(*batch, q, heads, value_dim)` and its scores' log-sum-exp `(*batch, q, heads)`, float32.
+        notes: everything that the products before the call left for it.
+    """
+
+    query: Array
+    kv_heads: int
+    scale: Array
+    out: Array
+    lse: Array
+    notes: tuple[Any, ...] = ()
+
+    def apart(self, key: Array, value: Array) -> tuple[Array, Array]:
+        """`(out, lse)` of the queries over these keys alone: key, value `(extra, kv_heads, head_dim)`, all visible."""
+        key, value = (x.astype(self.query.dtype) for x in (key, value))
+        return attention_with_lse(self.query, key, value, jnp.ones((1, 1), bool), self.scale)
+
+    def joined(self, key: Array, value: Array) -> Call:
+        """The call as if these keys had been among its own: merged by log-sum-exp."""
+        out, lse = self.apart(key, value)
+        both = jnp.logaddexp(self.lse, lse)
+        weigh = lambda part: jnp.exp(part - both)[..., None]
+        return replace(self, out=weigh(self.lse) * self.out + weigh(lse) * out, lse=both)
+
+
 def _marked(query, key, value, mask, scale, bias=None, *, precision):
-    out, _ = attention_with_lse(query, key, value, mask, scale, bias, precision)
-    return out.astype(query.dtype)
+    return attention_with_lse(query, key, value, mask, scale, bias, precision)
 
 
 _marked.__name__ = MARKER
@@ -132,7 +166,8 @@ def attention(
         ids = segment_ids[..., None, :, None], segment_ids[..., None, None, :]
         allowed = allowed & (ids[0] == ids[1]) & (ids[1] != 0)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return _marked(query, key, value, allowed, jnp.float32(scale), bias, precision=precision)
+    out, _ = _marked(query, key, value, allowed, jnp.float32(scale), bias, precision=precision)
+    return out.astype(query.dtype)
 
 
 def _check(query, key, value, segment_ids):

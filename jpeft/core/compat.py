@@ -16,6 +16,7 @@ __all__ = [
     "Literal",
     "bind",
     "context",
+    "jaxprs_of",
     "scan_split",
     "open_jaxpr",
     "shard_map_parameters",
@@ -38,6 +39,12 @@ def open_jaxpr(jaxpr) -> tuple[Jaxpr, list[Any]]:
         inner: Any = getattr(jaxpr, "jaxpr", jaxpr)
         return inner, list(jaxpr.consts)
     return jaxpr, []
+
+
+def jaxprs_of(eqn: JaxprEqn) -> list[Jaxpr]:
+    """The jaxprs among an equation's parameters: a body, branches, a condition."""
+    values = [x for v in eqn.params.values() for x in (v if isinstance(v, (tuple, list)) else (v,))]
+    return [open_jaxpr(x)[0] for x in values if isinstance(x, (Jaxpr, ClosedJaxpr))]
 
 
 def scan_split(eqn: JaxprEqn) -> tuple[int, int]:

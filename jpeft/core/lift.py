@@ -11,6 +11,7 @@ import re
 import types
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from jpeft.core import compat, ops
+from jpeft.core.attention import MARKER, Call
 from jpeft.core.tree import path_string
 from jpeft.core.views import LAZY, View
 from jpeft.core.weight import Unfrozen, Weight
@@ -116,8 +118,30 @@ def _kind(x) -> tuple:
     return (jax.typeof(x),)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Noted:
+    """An array on its way to an attention call, and what Weights that made it leave for that call."""
+
+    array: Any
+    notes: tuple[Any, ...]
+
+
+def _plain(value):
+    return value.array if isinstance(value, _Noted) else value
+
+
+def _noted(value, notes: tuple):
+    return _Noted(value, notes) if notes and not isinstance(value, View) else value
+
+
+def _notes_of(values) -> tuple:
+    """The notes of all values, each once."""
+    return tuple({id(note): note for v in values if isinstance(v, _Noted) for note in v.notes}.values())
+
+
 class _Interpreter:
-    """Evaluates jaxprs whose values may be Views."""
+    """Evaluates jaxprs whose values may be Views, or arrays with notes."""
 
     def __init__(self, densify: re.Pattern | None):
         self.densify = densify
@@ -128,7 +152,7 @@ class _Interpreter:
         read = lambda atom: atom.val if isinstance(atom, compat.Literal) else env[atom]
         for eqn in jaxpr.eqns:
             operands = [read(atom) for atom in eqn.invars]
-            if any(isinstance(v, View) for v in operands):
+            if any(isinstance(v, (View, _Noted)) for v in operands):
                 with compat.context(eqn):
                     outs = self.equation(eqn, operands)
             else:
@@ -137,26 +161,47 @@ class _Interpreter:
         return [read(atom) for atom in jaxpr.outvars]
 
     def equation(self, eqn, operands) -> list:
-        name = eqn.primitive.name
-        if name in LAZY and (view := LAZY[name](operands[0], eqn, operands[1:])) is not None:
-            return view if isinstance(view, list) else [view]
-        if name in _OPS:
-            return self.operation(eqn, operands)
-        if name in _ENTERED:
+        name, notes = eqn.primitive.name, _notes_of(operands)
+        if notes and _is_attention(eqn):
+            return self.attention(eqn, [self.settle(v) for v in operands], notes)
+        seen = any(isinstance(v, View) for v in operands)
+        if name in _ENTERED and (seen or _calls_attention(eqn)):
             return getattr(self, f"enter_{_ENTERED[name]}")(eqn, operands)
-        return compat.bind(eqn, [self.settle(v, eqn) for v in operands])
+        operands = [_plain(v) for v in operands]
+        if name in LAZY and isinstance(operands[0], View):
+            view = LAZY[name](operands[0], eqn, operands[1:])
+            if view is not None:
+                return view if isinstance(view, list) else [view]
+        if seen and name in _OPS:
+            return self.operation(eqn, operands, notes)
+        return [_noted(out, notes) for out in compat.bind(eqn, [self.settle(v, eqn) for v in operands])]
 
-    def operation(self, eqn, operands) -> list:
+    def operation(self, eqn, operands, notes: tuple) -> list:
         try:
             op, x, view = _OPS[eqn.primitive.name](eqn, operands)
-            return [view.weight.apply(op, x)]
-        except ops.NotAnOp as reason:
-            return compat.bind(eqn, [self.settle(v, eqn, str(reason)) for v in operands])
+            out = view.weight.added(op, x) if isinstance(op, ops.Add) else view.weight.apply(op, x)
+            notes = view.weight.notes(op, notes)
+            reason = ""
+        except ops.NotAnOp as why:
+            out, reason = None, str(why)
+        if out is None:
+            (out,) = compat.bind(eqn, [self.settle(v, eqn, reason) for v in operands])
+        return [_noted(out, notes)]
+
+    def attention(self, eqn, operands, notes: tuple) -> list:
+        """The call as the model makes it, then everything that the notes say of it."""
+        out, lse = compat.bind(eqn, operands)
+        query, key, _, _, scale, *_ = operands
+        call = Call(query, key.shape[-2], scale, out, lse, notes)
+        for note in notes:
+            if hasattr(note, "attend"):
+                call = note.attend(call)
+        return [call.out, call.lse]
 
     def settle(self, value, eqn=None, reason: str = ""):
         """A value as an array: a vector, or a matrix that the caller allowed, becomes dense; others are refused."""
         if not isinstance(value, View):
-            return value
+            return _plain(value)
         sizes = [(c, n) for c, n in zip(value.weight.labels, value.weight.shape, strict=True) if c != "s" and n != 1]
         matrix = len(sizes) > 1 and any(c == "i" for c, _ in sizes)  # a bias of heads has two axes, and no inputs
         if matrix and not (self.densify and self.densify.search(value.path)):
@@ -181,7 +226,7 @@ class _Interpreter:
 
         def fn(arrays):
             inside = rebuild(arrays)
-            return self.without_passed(self.jaxpr(jaxpr, consts, inside), inside, passed)
+            return self.without_passed(self.jaxpr(jaxpr, consts, inside), inside, passed, notes=True)
 
         remat = jax.checkpoint(fn, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
         return [operands[passed[k]] if k in passed else out for k, out in enumerate(remat(arrays))]
@@ -189,7 +234,7 @@ class _Interpreter:
     def enter_scan(self, eqn, operands):
         n_consts, n_carry = compat.scan_split(eqn)
         fixed, carry = operands[:n_consts], [self.settle(v, eqn) for v in operands[n_consts : n_consts + n_carry]]
-        scanned, length = operands[n_consts + n_carry :], eqn.params["length"]
+        scanned, length = [_plain(v) for v in operands[n_consts + n_carry :]], eqn.params["length"]
         ends = sorted({length, *(cut for v in scanned if isinstance(v, View) for cut in v.layers_differ_at())} - {0})
         parts = list(zip([0, *ends], ends, strict=False))
         passed: dict[int, int] = {}
@@ -224,11 +269,12 @@ class _Interpreter:
         piece = value.cut(0, lambda a, k: lax.slice_in_dim(a, start, stop, axis=k))
         return self.settle(value, eqn, "its layers cannot be told apart")[start:stop] if piece is None else piece
 
-    def without_passed(self, outs, inside, passed: dict[int, int]) -> list:
+    def without_passed(self, outs, inside, passed: dict[int, int], notes: bool = False) -> list:
         """`outs` for a transform to return; a View that only passes through is None there, and noted in `passed`."""
         places = {id(v): k for k, v in enumerate(inside) if isinstance(v, View)}
         passed.update({k: places[id(v)] for k, v in enumerate(outs) if id(v) in places})
-        return [None if k in passed else self.settle(v) for k, v in enumerate(outs)]
+        keep = lambda v: v if notes and isinstance(v, _Noted) else self.settle(v)
+        return [None if k in passed else keep(v) for k, v in enumerate(outs)]
 
     def _scanned(self, value, eqn):
         """A View whose fields all have the scanned axis first, its layout that of one slice."""
@@ -243,6 +289,7 @@ class _Interpreter:
     def enter_shard_map(self, eqn, operands):
         jaxpr, consts = compat.open_jaxpr(eqn.params["jaxpr"])
         in_specs, options = compat.shard_map_parameters(eqn)
+        operands = [_plain(v) for v in operands]
         locals_, specs = list(operands), list(in_specs)
         for k, value in enumerate(operands):
             if isinstance(value, View):
@@ -261,7 +308,7 @@ class _Interpreter:
         return jax.shard_map(fn, in_specs=(specs,), **options)(arrays)
 
     def enter_cond(self, eqn, operands):
-        index, *rest = operands
+        index, *rest = (_plain(operands[0]), *operands[1:])
         branches = [compat.open_jaxpr(b) for b in eqn.params["branches"]]
         run = lambda jaxpr, consts: [self.settle(v) for v in self.jaxpr(jaxpr, consts, rest)]
         return lax.switch(index, [functools.partial(run, *b) for b in branches])
@@ -330,6 +377,12 @@ def _gather(eqn, operands):
     return ops.Gather(*view.op_arguments(), params=dict(eqn.params), x_ndim=operands[1].ndim), operands[1], view
 
 
+def _add(eqn, operands):
+    view, side = _one_view(operands)
+    ndim = len(eqn.invars[1 - side].aval.shape)
+    return ops.Add(*view.op_arguments(), params=dict(eqn.params), x_ndim=ndim), operands[1 - side], view
+
+
 def _conv(eqn, operands):
     view, side = _one_view(operands)
     if side != 1:
@@ -337,7 +390,13 @@ def _conv(eqn, operands):
     return ops.Conv(*view.op_arguments(), params=dict(eqn.params), x_ndim=operands[0].ndim), operands[0], view
 
 
-_OPS = {"dot_general": _dot, "ragged_dot_general": _ragged, "gather": _gather, "conv_general_dilated": _conv}
+_OPS = {
+    "dot_general": _dot,
+    "ragged_dot_general": _ragged,
+    "gather": _gather,
+    "conv_general_dilated": _conv,
+    "add": _add,
+}
 
 _ENTERED = {
     "jit": "jit",
@@ -351,3 +410,14 @@ _ENTERED = {
     "while": "while",
     "shard_map": "shard_map",
 }
+
+
+def _is_attention(eqn) -> bool:
+    return eqn.params.get("name") == MARKER
+
+
+def _calls_attention(eqn) -> bool:
+    """Whether an equation's own jaxprs call attention."""
+    return any(
+        _is_attention(inner) or _calls_attention(inner) for jaxpr in compat.jaxprs_of(eqn) for inner in jaxpr.eqns
+    )

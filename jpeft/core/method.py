@@ -66,6 +66,21 @@ class Method:
             elif isinstance(value, list):
                 object.__setattr__(self, field.name, tuple(tuple(v) if isinstance(v, list) else v for v in value))
 
+    @property
+    def prompt_length(self) -> int:
+        """Virtual tokens that `prompted` puts into every sequence. Default: none."""
+        return 0
+
+    @property
+    def num_prompts(self) -> int:
+        """How many prompts of that length there are, chosen by a batch's `tasks`. Default: one."""
+        return 1
+
+    @property
+    def position_shift(self) -> int:
+        """Positions that a prefix in the attention takes before the first token. Default: none."""
+        return 0
+
     def wrap(self, key: jax.Array, leaf, site: Site) -> Weight:
         """The Weight that adapts one leaf. `leaf` is an array or a Weight; `key` is the path's own."""
         raise TypeError(f"{type(self).__name__} defines no wrap")
@@ -313,6 +328,25 @@ class Chain:
     @property
     def NO_OP_AT_START(self) -> bool:  # noqa: N802  the same data as on a method's class
         return all(m.NO_OP_AT_START for m in self.methods)
+
+    @property
+    def prompt_length(self) -> int:
+        """The virtual tokens of the method that has them."""
+        return self._prompting.prompt_length if self._prompting else 0
+
+    @property
+    def num_prompts(self) -> int:
+        """The prompts of the method that has them."""
+        return self._prompting.num_prompts if self._prompting else 1
+
+    @property
+    def position_shift(self) -> int:
+        """The positions of all prefixes together."""
+        return sum(m.position_shift for m in self.methods)
+
+    @property
+    def _prompting(self) -> Any:
+        return next((m for m in self.methods if m.prompt_length), None)
 
     def init(self, key, params, sites: Sites, calibration=None):
         """`((trainable, ...), (frozen, ...))`, one entry a method; every array in exactly one of them.

@@ -1,4 +1,4 @@
-"""The operations that a Weight can take part in: a product, a grouped product, a convolution, a row lookup.
+"""The operations that a Weight can take part in: a product, a grouped product, a convolution, a row lookup, a sum.
 
 Each is a view of one jaxpr equation, with the same verbs, so that a method is written once for all of them:
 
@@ -27,7 +27,7 @@ from jax import lax
 
 from jpeft.core.layout import Layout
 
-__all__ = ["NotAnOp", "Dot", "RaggedDot", "Gather", "Conv"]
+__all__ = ["NotAnOp", "Dot", "RaggedDot", "Gather", "Conv", "Add"]
 
 
 class NotAnOp(Exception):
@@ -307,10 +307,20 @@ class Gather(_Op):
     def base(self, x, array):
         return lax.gather(self._dense(array), x, **self.params)
 
+    @property
+    def _place(self) -> int:
+        return tuple(self.params["dimension_numbers"].start_index_map).index(self._row_axis)  # type: ignore[attr-defined]
+
+    def rows(self, x):
+        """The row numbers `(*free)`, as the model gave them: they may lie beyond the leaf."""
+        return x[..., self._place]
+
+    def with_rows(self, x, rows):
+        """`x` with other row numbers."""
+        return x.at[..., self._place].set(rows.astype(x.dtype))
+
     def contract(self, x, m):
-        starts = tuple(self.params["dimension_numbers"].start_index_map)
-        place = starts.index(self._row_axis)  # type: ignore[attr-defined]
-        x = lax.slice_in_dim(x, place, place + 1, axis=-1)
+        x = lax.slice_in_dim(x, self._place, self._place + 1, axis=-1)
         numbers = lax.GatherDimensionNumbers((x.ndim - 1,), (0,), (0,))
         keep = {k: v for k, v in self.params.items() if k not in ("dimension_numbers", "slice_sizes")}
         return lax.gather(m.astype(self.dtype), x, numbers, slice_sizes=(1, m.shape[-1]), **keep)
@@ -377,3 +387,30 @@ class Conv(_Op):
 
     def outputs(self, y):
         return jnp.moveaxis(y, self.params["dimension_numbers"].out_spec[1], -1)
+
+
+@dataclass(frozen=True)
+class Add(_Op):
+    """`add` of a bias: all of the leaf's outputs, once, along axes of x; its other axes of size one."""
+
+    transposed = False
+
+    def __post_init__(self):
+        if any(c in "sbi" for k, c in enumerate(self.labels) if self.layout.base_shape[k] != 1):
+            raise NotAnOp("more than one layer's or one expert's bias is added")
+
+    @property
+    def _own(self) -> list[int]:
+        return [axis for axis, parts in enumerate(self.layout.axes) if parts and self.layout.shape[axis] != 1]
+
+    def base(self, x, array):
+        return x + self._dense(array)
+
+    def restore(self, y):
+        own = self._own
+        y = self._split_out(y, own, "o")
+        return jnp.moveaxis(y, tuple(range(y.ndim - len(own), y.ndim)), own)
+
+    def outputs(self, y):
+        own = self._own
+        return self._merge_out(jnp.moveaxis(y, own, tuple(range(y.ndim - len(own), y.ndim))), own, "o")

@@ -13,11 +13,12 @@ from typing import Any
 import jax
 
 from jpeft.core import compat
+from jpeft.core.attention import MARKER
 from jpeft.core.layout import Layout
 from jpeft.core.tree import leaves_with_paths
 from jpeft.core.weight import Weight
 
-__all__ = ["Site", "Sites", "find_sites"]
+__all__ = ["AttentionSite", "Site", "Sites", "find_sites"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Site:
 
     Attributes:
         path: where the leaf is in the tree, `layers/attn/query/kernel`.
-        kind: `dense`, `embedding`, `conv`, `experts`, `scale`, `bias` or `other`.
+        kind: `dense`, `embedding`, `conv`, `experts`, `scale`, `bias`, `attention` or `other`.
         shape, dtype: the leaf's.
         axes: one letter per axis: `i` contracted, `o` output, `b` batch (experts), `s` stacked (scanned layers).
         calls: how often one application of the function uses it: in a `cond` the branch that uses it most, in a `while`
@@ -47,6 +48,23 @@ class Site:
     head: bool = False
     line: str = ""
     channels: int | None = None
+
+
+@dataclass(frozen=True)
+class AttentionSite(Site):
+    """A call of `jpeft.attention`, at the path of the kernel that makes its queries; `axes` are that kernel's.
+
+    Attributes:
+        key, value: paths of the kernels that make its keys and values; empty where no one kernel does.
+        heads, kv_heads, head_dim, value_dim: sizes of the call.
+    """
+
+    key: str = ""
+    value: str = ""
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    value_dim: int = 0
 
 
 @dataclass(frozen=True)
@@ -166,6 +184,22 @@ class _Leaf:
         return "".join(letters)
 
 
+@dataclass(frozen=True)
+class _Made:
+    """A value and the kernels that made it: the last on every way to it."""
+
+    by: frozenset[str]
+
+
+def _made_of(values) -> _Made | None:
+    found = [v.by for v in values if isinstance(v, _Made)]
+    return _Made(frozenset().union(*found)) if found else None
+
+
+def _leaf(value) -> _Leaf | None:
+    return value if isinstance(value, _Leaf) else None
+
+
 class _Tracer:
     def __init__(self):
         self.found: dict[tuple[str, str, str], Site] = {}
@@ -200,9 +234,50 @@ class _Tracer:
         return [read(atom) for atom in jaxpr.outvars]
 
     def equation(self, eqn, operands, times) -> list:
-        name = eqn.primitive.name
+        name, made = eqn.primitive.name, _made_of(operands)
+        if eqn.params.get("name") == MARKER:
+            self.attention(eqn, operands, times)
+            return []
         if name in _CALLS:
             return _CALLS[name](self, eqn, operands, times)
+        leaves = [_leaf(v) for v in operands]
+        if not any(leaves):
+            return [made] * len(eqn.outvars)
+        outs = self.use(eqn, leaves, times) or [None] * len(eqn.outvars)
+        if name in _USES:
+            made = _Made(frozenset(leaf.path for leaf in leaves if leaf is not None))
+        return [made if out is None else out for out in outs]
+
+    def attention(self, eqn, operands, times) -> None:
+        """A call of `jpeft.attention`; where no one kernel makes the queries, it has no place in the tree."""
+        query, key, value = (next(iter(v.by)) if isinstance(v, _Made) and len(v.by) == 1 else "" for v in operands[:3])
+        kernel = next((s for s in self.found.values() if s.path == query and s.kind in ("dense", "experts")), None)
+        if kernel is None:
+            return
+        (*batch, n, heads, head_dim), (*_, m, kv_heads, _), (*_, value_dim) = (a.aval.shape for a in eqn.invars[:3])
+        flops = 2 * math.prod(batch) * n * m * heads * (head_dim + value_dim) * self.devices
+        found = (query, "attention", f"{key} {value} {kernel.axes}")
+        calls, spent = (self.found[found].calls, self.found[found].flops) if found in self.found else (0, 0)
+        self.found[found] = AttentionSite(
+            query,
+            "attention",
+            kernel.shape,
+            kernel.dtype,
+            kernel.axes,
+            calls + times,
+            spent + times * flops,
+            line=compat.source_line(eqn),
+            key=key,
+            value=value,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            value_dim=value_dim,
+        )
+
+    def use(self, eqn, operands, times) -> list:
+        """What an equation makes of the parameters among its operands, noted if it is a use."""
+        name = eqn.primitive.name
         if name in _VIEWS and operands[0] is not None:
             view = _VIEWS[name](operands[0], eqn)
             if view is not None:
@@ -362,10 +437,16 @@ def _call(name: str) -> Callable:
     return enter
 
 
+def _custom(tracer, eqn, operands, times):
+    """A call with a gradient of its own: `lift` does not enter it, so an attention inside has no place."""
+    outs = _call("call_jaxpr")(tracer, eqn, [_leaf(v) for v in operands], times)
+    return [_made_of(operands) if out is None else out for out in outs]
+
+
 def _scan(tracer, eqn, operands, times):
     jaxpr, _ = compat.open_jaxpr(eqn.params["jaxpr"])
     consts, carry = compat.scan_split(eqn)
-    inside = [leaf and leaf.without(0) for leaf in operands[consts + carry :]]
+    inside = [leaf and leaf.without(0) for leaf in map(_leaf, operands[consts + carry :])]
     before = operands[:consts] + [None] * carry  # a carried parameter is no parameter any more
     tracer.jaxpr(jaxpr, before + inside, times * eqn.params["length"])
     return [None] * len(eqn.outvars)
@@ -387,7 +468,8 @@ def _cond(tracer, eqn, operands, times):
 def _shard_map(tracer, eqn, operands, times):
     jaxpr, _ = compat.open_jaxpr(eqn.params["jaxpr"])
     _, options = compat.shard_map_parameters(eqn)
-    shards = [leaf and _resize(leaf, atom.aval.shape) for leaf, atom in zip(operands, jaxpr.invars, strict=True)]
+    leaves = map(_leaf, operands)
+    shards = [leaf and _resize(leaf, atom.aval.shape) for leaf, atom in zip(leaves, jaxpr.invars, strict=True)]
     outside = tracer.devices
     tracer.devices *= math.prod(dict(options["mesh"].shape)[name] for name in options["axis_names"])
     tracer.jaxpr(jaxpr, shards, times)
@@ -397,6 +479,7 @@ def _shard_map(tracer, eqn, operands, times):
 
 def _while(tracer, eqn, operands, times):
     n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    operands = [_leaf(v) for v in operands]
     for name, consts in (("cond_jaxpr", operands[:n]), ("body_jaxpr", operands[n : n + m])):
         jaxpr, _ = compat.open_jaxpr(eqn.params[name])
         tracer.jaxpr(jaxpr, consts + [None] * (len(jaxpr.invars) - len(consts)), times)
@@ -405,7 +488,7 @@ def _while(tracer, eqn, operands, times):
 
 _CALLS: dict[str, Callable] = {
     **dict.fromkeys(("jit", "pjit", "closed_call", "remat2", "checkpoint", "remat"), _call("jaxpr")),
-    **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), _call("call_jaxpr")),
+    **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), _custom),
     "scan": _scan,
     "cond": _cond,
     "while": _while,

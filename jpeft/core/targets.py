@@ -23,6 +23,12 @@ _DOWN = re.compile(
     r"|(?<!attention/)output/dense(/|$)",  # as BERT, whose attention has one too
     re.IGNORECASE,
 )
+_OUTPUT = re.compile(
+    r"(^|/)(o|out|o_proj|out_proj|out_lin)(_einsum)?/"  # as Llama, Flax, OPT, DistilBERT
+    r"|(attn|attention)[^/]*/(c_proj|output/dense|dense)(/|$)"  # as GPT-2, BERT, BLOOM
+    r"|(Self|EncDec)Attention/o(/|$)",  # as T5
+    re.IGNORECASE,
+)
 
 PRESETS: dict[str, Callable[[Site], bool]] = {
     "all-linear": lambda site: site.kind == "dense" and not site.head,
@@ -35,6 +41,8 @@ PRESETS: dict[str, Callable[[Site], bool]] = {
     "experts": lambda site: site.kind == "experts",
     "norm": lambda site: site.kind == "scale",
     "bias": lambda site: site.kind == "bias",
+    "attention-calls": lambda site: site.kind == "attention",
+    "attention-output": lambda site: site.kind == "dense" and bool(_OUTPUT.search(site.path)),
 }
 
 
@@ -87,6 +95,12 @@ def _nothing(name: str, matched: list[Site], sites: Sites, kinds: Sequence[str])
         if any(s.kind in kinds for s in matched):
             return f"target {name} matches only {found}, used in more ways at once than axes have letters; leave it out"
         return f"target {name} matches only {found}; expected a site of kind {', '.join(kinds)}"
+    if tuple(kinds) == ("attention",):
+        return (
+            f"target {name} matches no call of jpeft.attention, by which a model shows where its attention is; change "
+            "one line of it:\n  nn.MultiHeadDotProductAttention(..., attention_fn=jpeft.attention)   in Linen or NNX\n"
+            "  out = jpeft.attention(query, key, value, mask=mask)                  in a function of your own"
+        )
     paths = list(dict.fromkeys(s.path for s in sites if s.kind in kinds))
     words = list(dict.fromkeys(word for path in paths for word in path.split("/")))
     known_words = [word for word in (*words, *PRESETS) if repr(word) != name]

@@ -158,7 +158,7 @@ LAZY: dict[str, Callable] = {
     "convert_element_type": _cast,
     "squeeze": _squeeze,
     "slice": _slice,
-    "dynamic_slice": lambda view, eqn, rest: _dynamic_slice(view, eqn, rest) if isinstance(view, View) else None,
+    "dynamic_slice": _dynamic_slice,
     "sharding_constraint": lambda view, eqn, _: view,
     "copy": lambda view, eqn, _: view,
     "copy_p": lambda view, eqn, _: view,

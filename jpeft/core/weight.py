@@ -85,6 +85,21 @@ class Weight:
         """The result of `op` (see `core/ops.py`) on `x` and this weight."""
         raise TypeError(f"{type(self).__name__} defines no apply")
 
+    def added(self, op, x) -> jax.Array | None:
+        """`x` plus this leaf, a bias, where the equation adds it; None where the dense bias is all that it takes.
+
+        Default: what it holds says; a plain array nothing.
+        """
+        return self.base.added(op, x) if isinstance(self.base, Weight) else None
+
+    def notes(self, op, reached: tuple) -> tuple:
+        """What the next attention call is to know of this leaf's output, given what the input brought (`reached`).
+
+        A note is a pytree. One that has `attend(call) -> call` (see `attention.Call`) acts on the call; the others are
+        there for it to read. Default: what it holds says; a plain array passes on what came.
+        """
+        return self.base.notes(op, reached) if isinstance(self.base, Weight) else reached
+
     def dense(self) -> jax.Array:
         """The leaf that this Weight stands for: its shape, its dtype."""
         raise TypeError(f"{type(self).__name__} defines no dense")
