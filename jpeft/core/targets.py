@@ -13,8 +13,13 @@ __all__ = ["Targets", "PRESETS", "select", "first_match", "refuse_unmatched"]
 
 Targets = str | Sequence[str] | Callable[[Site], bool]
 
-_ATTENTION = re.compile(r"attn|attention|(^|/)(q|k|v|o|query|key|value|out)(_proj|_einsum)?/", re.IGNORECASE)
-_MLP = re.compile(r"mlp|feed_?forward|ffn|(gate|up|down)_proj|intermediate", re.IGNORECASE)
+_ATTENTION = re.compile(  # RoBERTa's classifier has an out_proj, too
+    r"attn|attention|(?<!classifier)(^|/)(q|k|v|o|query|key|value|out)(_proj|_einsum)?/", re.IGNORECASE
+)
+_MLP = re.compile(
+    r"mlp|feed_?forward|ffn|DenseReluDense|(gate|up|down)_proj|intermediate|(?<!attention/)output/dense(/|$)",
+    re.IGNORECASE,
+)
 
 _KEY_VALUE = re.compile(r"(^|/)(k|v|key|value)(_proj|_einsum)?(/|$)", re.IGNORECASE)
 _DOWN = re.compile(
@@ -24,7 +29,7 @@ _DOWN = re.compile(
     re.IGNORECASE,
 )
 _OUTPUT = re.compile(
-    r"(^|/)(o|out|o_proj|out_proj|out_lin)(_einsum)?/"  # as Llama, Flax, OPT, DistilBERT
+    r"(?<!classifier)(^|/)(o|out|o_proj|out_proj|out_lin)(_einsum)?/"  # as Llama, Flax, OPT, DistilBERT
     r"|(attn|attention)[^/]*/(c_proj|output/dense|dense)(/|$)"  # as GPT-2, BERT, BLOOM
     r"|(Self|EncDec)Attention/o(/|$)",  # as T5
     re.IGNORECASE,

@@ -49,6 +49,15 @@ def test_every_preset_is_of_sites_in_a_decoder():
 @pytest.mark.parametrize(
     ("preset", "kinds"),
     [
+        (
+            "attention",
+            "q/w attn/c_proj/w attention/output/dense/w self_attn/out_proj/w|classifier/out_proj/w output/dense",
+        ),
+        (
+            "attention-output",
+            "attention/output/dense/w self_attn/out_proj/w|classifier/out_proj/w 0/output/dense/w q/w",
+        ),
+        ("mlp", "mlp/c_fc/w DenseReluDense/wi/w intermediate/dense/w 0/output/dense/w|attention/output/dense/w wi/w"),
         ("key-value", "SelfAttention/v/kernel attention/self/key/weight k_proj|attn/kv_einsum c_attn/kernel q/v_norm"),
         ("down", "mlp/c_proj/w DenseReluDense/wo/w 0/output/dense/w fc2/w|attn/c_proj/w attention/output/dense/w up/w"),
     ],
