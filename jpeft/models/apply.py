@@ -11,13 +11,14 @@ import jax
 from jax import Array
 
 from jpeft.interop import huggingface
+from jpeft.models.bert import BertApply, RobertaApply
 from jpeft.models.decoder import DecoderApply
 from jpeft.models.family import Apply
 from jpeft.models.gpt2 import GPT2Apply
 
 __all__ = ["FAMILIES", "abstract", "init", "init_cache", "load", "save"]
 
-FAMILIES: tuple[type[Apply], ...] = (DecoderApply, GPT2Apply)
+FAMILIES: tuple[type[Apply], ...] = (DecoderApply, GPT2Apply, BertApply, RobertaApply)
 
 
 def read_config(source: dict | str | Path) -> dict[str, Any]:

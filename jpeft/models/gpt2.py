@@ -1,8 +1,8 @@
 """GPT-2 (Radford et al. 2019): one Flax NNX model, its layers stacked and scanned.
 
-A parameter's path is its Hugging Face module name without `transformer`. `h/attn/c_attn/kernel`, `(layers, in, 3 in)`, has
-queries, keys and values in one. Kernels lie in the files as they do here. Length axes are `t` (of the tokens given now)
-and `s` (of the keys: `t`, or the cache's length).
+A parameter's path is its Hugging Face module name without `transformer`: `h/attn/c_attn/kernel` is `(layers, in, out)`,
+the queries', keys' and values' in one. Kernels lie in the files as they do here. Length axes are `t` (of the tokens
+given now) and `s` (of the keys: `t`, or the cache's length).
 
 Dropout regularises training and is no part of the function: the rates in a config (0.1 in all the public ones) are
 neither honoured nor refused.
