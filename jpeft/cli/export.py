@@ -39,5 +39,6 @@ def run(arguments: Sequence[str]) -> None:
     apply, params = model.load(folder)
     method, trainable, frozen = model.adapter_of(apply, params, config.adapter)
     sites, base = model.sites_of(apply, params), config.base or folder
-    peft.save(config.out, method, trainable, base, frozen, sites=sites, overwrite=config.overwrite)
+    torch = dict(names=apply.names, task_type=apply.task)
+    peft.save(config.out, method, trainable, base, frozen, sites=sites, overwrite=config.overwrite, **torch)
     print(f"the adapter is in {config.out}")

@@ -19,6 +19,7 @@ class GenerateConfig:
         prompt: the text to go on from.
         model: folder in Hugging Face format; the small embedded model when absent.
         adapter: folder that `jpeft train` or HF PEFT wrote; the model alone when absent.
+        task: whose prompt to use, of an adapter that has several.
         chat: put the prompt as a user's message through the model's chat template.
         max_tokens: the most new tokens.
         temperature: 0 takes the likeliest token; above, tokens are drawn.
@@ -30,6 +31,7 @@ class GenerateConfig:
     prompt: str
     model: str | None = None
     adapter: str | None = None
+    task: int = 0
     chat: bool = False
     max_tokens: int = 64
     temperature: float = 0.0
@@ -46,7 +48,7 @@ def run(arguments: Sequence[str]) -> None:
     folder = model.folder_of(config.model)
     text = Text(folder)
     apply, params = model.load(folder, config.dtype)
-    bound = model.with_adapter(apply, params, config.adapter)
+    bound, method = model.with_adapter(apply, params, config.adapter)
     if config.chat:
         rendered = text.chat.render([{"role": "user", "content": config.prompt}], add_generation_prompt=True)
         ids = text.tokenizer.encode(rendered, add_special_tokens=False).ids
@@ -58,6 +60,8 @@ def run(arguments: Sequence[str]) -> None:
             bound,
             text,
             [ids],
+            method,
+            [config.task],
             new_tokens=config.max_tokens,
             temperature=config.temperature,
             top_p=config.top_p,

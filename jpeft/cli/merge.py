@@ -38,6 +38,6 @@ def run(arguments: Sequence[str]) -> None:
         raise ValueError(f"{config.out} exists; give another --out, or --overwrite to replace it")
     folder = model.folder_of(config.model)
     apply, params = model.load(folder)
-    merged = jpeft.merge(model.with_adapter(apply, params, config.adapter))
+    merged = jpeft.merge(model.with_adapter(apply, params, config.adapter)[0])
     jpeft.models.save(config.out, merged, folder, overwrite=config.overwrite)
     print(f"the merged model is in {config.out}")

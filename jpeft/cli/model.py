@@ -37,12 +37,12 @@ def sites_of(apply, params, length: int = 8):
     return jpeft.find_sites(apply, params, jax.ShapeDtypeStruct((1, length), jnp.int32))
 
 
-def with_adapter(apply, params, adapter: str | None) -> Any:
-    """The tree to run: the base's, or that with the adapter bound."""
+def with_adapter(apply, params, adapter: str | None) -> tuple[Any, Any]:
+    """`(tree, method)` to run: the base's and None, or with the adapter bound."""
     if adapter is None:
-        return params
+        return params, None
     method, trainable, frozen = adapter_of(apply, params, adapter)
-    return method.bind(trainable, frozen)
+    return method.bind(trainable, frozen), method
 
 
 def adapter_of(apply, params, adapter: str) -> tuple[Any, Any, Any]:
@@ -59,11 +59,25 @@ def adapter_of(apply, params, adapter: str) -> tuple[Any, Any, Any]:
     return load_adapter(path, params, sites, {**jpeft.methods(), **quantizers()})
 
 
-def complete(apply, bound, text, prompts: list[list[int]], **options) -> list[str]:
-    """The texts that follow prompts of token ids; options as `generation.generate` has them."""
+def complete(apply, bound, text, prompts: list[list[int]], method=None, tasks=None, **options) -> list[str]:
+    """The texts that follow prompts of token ids; options as `generation.generate` has them.
+
+    `method` is the one that the tree was bound with: its virtual tokens stand before every prompt, those of its task.
+    """
+    import numpy as np
+
     from jpeft import models
     from jpeft.train.generation import generate
+    from jpeft.train.tokens import Example, with_prompt
 
+    if method is not None:
+        tasks = [0] * len(prompts) if tasks is None else tasks
+        examples = [
+            Example(np.asarray(ids, np.int32), np.zeros(len(ids), bool), task=task)
+            for ids, task in zip(prompts, tasks, strict=True)
+        ]
+        prompts = [with_prompt(example, method).ids.tolist() for example in examples]
+        options["first_position"] = method.position_shift
     context = apply.config.max_position_embeddings
     ids = generate(
         apply, bound, prompts, functools.partial(models.init_cache, apply), stops=text.stops, context=context, **options

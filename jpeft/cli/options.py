@@ -70,36 +70,76 @@ def parse(kind: type[T], arguments: Sequence[str], command: str) -> T:
 def build_method(options: Any) -> Any:
     """The method that `options` (with the fields of `MethodOptions`) names, with the fields given and no other.
 
+    A name is a class's, a published one (`qlora`), the beginning of just one of these, or several joined by `+`, for
+    methods one after the other. A field goes to the last of them that has it, `Class.field` to that one.
+
     Raises:
         UserError: an unknown method; a field that it does not have; a value of another type.
     """
     import jpeft
 
-    kinds = {name.lower(): kind for name, kind in jpeft.methods().items()}
-    kind = kinds.get(options.method.lower())
-    if kind is None:
-        names = [k.__name__ for k in kinds.values()]
-        raise UserError(
-            f"there is no method {options.method!r}{_nearest(options.method.lower(), kinds)}\n"
-            f"the methods are: {', '.join(names)}"
-        )
-    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
-    given = {name: getattr(options, name) for name in _COMMON if getattr(options, name) is not None}
+    parts = [(kind, dict(preset)) for name in options.method.split("+") for kind, preset in _named(name.strip())]
+    given: dict[tuple[int, str], Any] = {}
+
+    def give(name: str, value: Any, text: bool = False) -> None:
+        owner, dot, field = name.rpartition(".")
+        which = [k for k, (kind, _) in enumerate(parts) if not dot or kind.__name__.lower() == owner.lower()]
+        having = [k for k in which if field in _fields(parts[k][0])]
+        if not having:
+            raise UserError(_no_field(name, [kind for kind, _ in parts]))
+        k = having[-1]
+        if (k, field) in given:
+            raise UserError(f"{field} is given twice; give it once")
+        kind = parts[k][0]
+        given[k, field] = _checked(field, value, _fields(kind)[field], kind) if text else value
+
+    for name in _COMMON:
+        value = getattr(options, name)
+        if value is not None:
+            give(name, value[0] if name == "targets" and len(value) == 1 else value)
     for pair in options.set:
         name, equals, value = pair.partition("=")
-        name = name.strip().replace("-", "_")
         if not equals:
             raise UserError(f"--set expects name=value, got {pair!r}")
-        if name in given:
-            raise UserError(f"{name} is given twice; give it once")
-        given[name] = _checked(name, value, fields.get(name), kind)
-    unknown = [name for name in given if name not in fields]
-    if unknown:
-        lines = [f"{kind.__name__} has no field {name!r}{_nearest(name, fields)}" for name in unknown]
-        raise UserError("\n".join(lines) + f"\nits fields are: {', '.join(fields)}")
-    if "targets" in given and len(given["targets"]) == 1:
-        given["targets"] = given["targets"][0]
-    return kind(**given)
+        give(name.strip().replace("-", "_"), value, text=True)
+    own = lambda k: {field: value for (at, field), value in given.items() if at == k}
+    return jpeft.chain(*(kind(**{**preset, **own(k)}) for k, (kind, preset) in enumerate(parts)))
+
+
+def _named(name: str) -> list[tuple[type, dict[str, Any]]]:
+    """The classes, each with its fields set, that a name stands for."""
+    import jpeft
+    from jpeft.methods._recipes import RECIPES
+    from jpeft.quant import quantizers
+
+    kinds = {**jpeft.methods(), **quantizers()}
+    known: dict[str, Any] = {_folded(n): [(kind, {})] for n, kind in kinds.items()}
+    known |= {_folded(n): [(kinds[k], preset) for k, preset in parts] for n, parts in RECIPES.items()}
+    begun = [n for n in known if n.startswith(_folded(name))]
+    if _folded(name) in known:
+        return known[_folded(name)]
+    if len(begun) == 1:
+        return known[begun[0]]
+    names = [*kinds, *RECIPES]
+    near = f"; did you mean {' or '.join(begun[:3])}?" if name and begun else _nearest(_folded(name), known)
+    raise UserError(f"there is no method {name!r}{near}\nthe methods are: {', '.join(names)}")
+
+
+def _folded(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
+
+
+def _fields(kind: type) -> dict[str, dataclasses.Field]:
+    return {f.name: f for f in dataclasses.fields(kind) if f.init}
+
+
+def _no_field(name: str, kinds: list[type]) -> str:
+    if len(kinds) == 1:
+        known = list(_fields(kinds[0]))
+        return f"{kinds[0].__name__} has no field {name!r}{_nearest(name, known)}\nits fields are: {', '.join(known)}"
+    known = [f"{kind.__name__}.{field}" for kind in kinds for field in _fields(kind)]
+    near = _nearest(name, [*known, *(k.partition(".")[2] for k in known)])
+    return f"none of the methods has a field {name!r}{near}\ntheir fields are: {', '.join(known)}"
 
 
 def _checked(name: str, text: str, field: dataclasses.Field | None, kind: type) -> Any:

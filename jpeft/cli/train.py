@@ -32,8 +32,9 @@ def run(arguments: Sequence[str]) -> None:
     source = model.folder_of(config.model)
     text = Text(source)
     apply, params = model.load(source, config.dtype, config.remat)
-    length = _length(config, apply.config.max_position_embeddings)
-    examples = encode_records(text, training, length), encode_records(text, held_out, length)
+    length = _length(config, apply.config.max_position_embeddings, method)
+    room = length - method.prompt_length
+    examples = encode_records(text, training, room), encode_records(text, held_out, room)
     sites = model.sites_of(apply, params)
     from jpeft.train.calibration import calibration_for
 
@@ -50,7 +51,8 @@ def run(arguments: Sequence[str]) -> None:
         return
     bound = result.method.bind(result.trainable, result.frozen)
     if config.samples:
-        folder.write("samples.md", _samples(apply, params, bound, text, _spread(held_out, config.samples), config))
+        shown = _spread(held_out, config.samples)
+        folder.write("samples.md", _samples(apply, params, bound, result.method, text, shown, config))
     summary = {
         "heldout_loss_before": result.heldout_loss_before,
         "heldout_loss_after": result.heldout_loss_after,
@@ -92,10 +94,20 @@ def _records(config: TrainConfig) -> tuple[list[Record], list[Record]]:
     return split(records, config.validation_fraction, config.seed)
 
 
-def _length(config: TrainConfig, context: int) -> int:
-    length = config.sequence_length or min(1024, context)
-    if length > context:
-        raise ValueError(f"--sequence-length {length} is beyond the model's context of {context}; give at most that")
+def _length(config: TrainConfig, context: int, method) -> int:
+    """Tokens in a row, virtual ones counted; a prefix in the attention takes positions of the context besides."""
+    room = context - method.position_shift
+    length = config.sequence_length or min(1024, room)
+    taken = f", of which the prefix takes {method.position_shift}" if method.position_shift else ""
+    if length > room:
+        raise ValueError(
+            f"--sequence-length {length} is beyond the model's context of {context}{taken}; give at most {room}"
+        )
+    if length <= method.prompt_length:
+        raise ValueError(
+            f"the prompt overflows the context: rows of {length} tokens leave no room beside {method.prompt_length} "
+            "virtual ones; raise --sequence-length, or give the method fewer with --set num_tokens=..."
+        )
     return length
 
 
@@ -110,7 +122,7 @@ def _spread(records: list[Record], count: int) -> list[Record]:
     return [records[i * len(records) // count] for i in range(count)] if count < len(records) else records
 
 
-def _samples(apply, params, bound, text, records: list[Record], config: TrainConfig) -> str:
+def _samples(apply, params, bound, method, text, records: list[Record], config: TrainConfig) -> str:
     from jpeft.train.report import samples_table
 
     context = apply.config.max_position_embeddings
@@ -122,11 +134,12 @@ def _samples(apply, params, bound, text, records: list[Record], config: TrainCon
             ids = text.tokenizer.encode(prompt, add_special_tokens=False).ids
         else:
             prompt, wanted, ids = record.prompt, record.completion, text.encode_prompt(record.prompt)
-        if 1 <= len(ids) <= context - config.sample_tokens:
-            shown.append((prompt, wanted, ids))
+        taken = method.prompt_length + method.position_shift
+        if 1 <= len(ids) <= context - config.sample_tokens - taken:
+            shown.append((prompt, wanted, ids, record.task))
     if not shown:
         return "# Held-out prompts\n\nNone of them leaves room for new tokens in the model's context.\n"
-    prompts, wanted, ids = map(list, zip(*shown, strict=True))
-    complete = lambda tree: model.complete(apply, tree, text, ids, new_tokens=config.sample_tokens)
-    before, after = complete(params), complete(bound)
+    prompts, wanted, ids, tasks = map(list, zip(*shown, strict=True))
+    complete = lambda *adapted: model.complete(apply, *adapted, new_tokens=config.sample_tokens)
+    before, after = complete(params, text, ids), complete(bound, text, ids, method, tasks)
     return samples_table(prompts, wanted, before, after)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import grain
 import numpy as np
 from grain.experimental import FirstFitPackIterDataset
@@ -13,19 +15,25 @@ __all__ = ["batches", "fixed_batches", "rows_in_an_epoch"]
 _BINS = 32  # rows filled at a time: more bins waste less padding and keep more rows in memory
 
 
-def batches(examples: list[Example], length: int, batch_size: int, seed: int, packing: bool = True):
+def batches(
+    examples: list[Example], length: int, batch_size: int, seed: int, packing: bool = True, first_position: int = 0
+):
     """An endless iterator of batches, with `get_state()` and `set_state(state)` as JSON values.
 
     A batch is a dictionary of `(batch_size, length)` arrays: `tokens`, `targets` (the next token of the same example),
-    `weights` (1 where the target is learned), `segment_ids` (1, 2, ... by example, 0 where padded), `positions`.
+    `weights` (1 where the target is learned), `segment_ids` (1, 2, ... by example, 0 where padded), `positions` (within
+    an example, from `first_position` on).
     """
     source = grain.MapDataset.source(examples).seed(seed).shuffle().repeat()
-    return iter(_packed(source, length, seed, packing).batch(batch_size).map(_rename))
+    rename = functools.partial(_rename, first_position=first_position)
+    return iter(_packed(source, length, seed, packing).batch(batch_size).map(rename))
 
 
-def fixed_batches(examples: list[Example], length: int, batch_size: int, packing: bool = True) -> list[dict]:
+def fixed_batches(
+    examples: list[Example], length: int, batch_size: int, packing: bool = True, first_position: int = 0
+) -> list[dict]:
     """Every example once, in order; the last batch is filled with empty rows, which weigh nothing."""
-    rows = [_rename(row) for row in _rows_once(examples, length, packing)]
+    rows = [_rename(row, first_position) for row in _rows_once(examples, length, packing)]
     rows += [{name: np.zeros_like(x) for name, x in rows[0].items()}] * (-len(rows) % batch_size)
     return [
         {name: np.stack([row[name] for row in rows[i : i + batch_size]]) for name in rows[0]}
@@ -56,16 +64,16 @@ def _shifted(example: Example) -> dict[str, np.ndarray]:
     # Shifting inside the example, before packing, is what keeps the loss from crossing into a neighbour.
     return {
         "tokens": example.ids[:-1],
-        "targets": example.ids[1:],
+        "targets": np.where(example.learned, example.ids, 0)[1:],
         "weights": example.learned[1:].astype(np.float32),
     }
 
 
-def _rename(row: dict) -> dict[str, np.ndarray]:
+def _rename(row: dict, first_position: int) -> dict[str, np.ndarray]:
     return {
         "tokens": row["tokens"],
         "targets": row["targets"],
         "weights": row["weights"],
         "segment_ids": row["tokens_segment_ids"],
-        "positions": row["tokens_positions"],
+        "positions": row["tokens_positions"] + np.where(row["tokens_segment_ids"] > 0, first_position, 0),
     }

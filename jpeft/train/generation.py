@@ -28,6 +28,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    first_position: int = 0,
 ) -> list[list[int]]:
     """The new ids after each prompt, up to and without the first stop id.
 
@@ -37,6 +38,7 @@ def generate(
         context: the most ids, old and new, that the model can hold.
         temperature: 0 takes the likeliest id, and `top_p` and `seed` then say nothing.
         top_p: draw from the fewest likeliest ids whose probabilities reach this sum.
+        first_position: of the first id: a prefix in the attention takes the positions before (`position_shift`).
 
     Raises:
         ValueError: a prompt that leaves no room for `new_tokens` in the context, an empty prompt, or a temperature or
@@ -47,13 +49,15 @@ def generate(
     if new_tokens < 1:
         raise ValueError(f"expected at least one new token, got {new_tokens=}")
     for i, prompt in enumerate(prompts):
-        if not 1 <= len(prompt) <= context - new_tokens:
+        room = context - first_position - new_tokens
+        if not 1 <= len(prompt) <= room:
             raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens; expected 1 to {context - new_tokens}, which the model's context "
-                f"of {context} leaves beside {new_tokens} new tokens; shorten it or ask for fewer"
+                f"prompt {i} has {len(prompt)} tokens; expected 1 to {room}, which the model's context of {context} "
+                f"leaves beside {new_tokens} new tokens{f' and {first_position} of a prefix' if first_position else ''}"
+                "; shorten it or ask for fewer"
             )
     lengths = np.array([len(p) for p in prompts])
-    total = min(context, -(-(int(lengths.max()) + new_tokens) // _BUCKET) * _BUCKET)
+    total = min(context - first_position, -(-(int(lengths.max()) + new_tokens) // _BUCKET) * _BUCKET)
     ids = np.zeros((len(prompts), total), np.int32)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = prompt
@@ -71,6 +75,7 @@ def generate(
         temperature,
         top_p,
         new_tokens,
+        first_position,
         prefill=prefill,
         greedy=temperature == 0,
     )
@@ -92,14 +97,16 @@ def sample_token(logits: jax.Array, key: jax.Array, temperature, top_p) -> jax.A
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "prefill", "greedy"))
-def _complete(apply, bound, cache, ids, lengths, stops, key, temperature, top_p, new_tokens, *, prefill, greedy):
+def _complete(
+    apply, bound, cache, ids, lengths, stops, key, temperature, top_p, new_tokens, offset, *, prefill, greedy
+):
     # The shortest prompt's part is read at once; the rest of the longer ones goes through the loop, where their own
     # ids take the place of drawn ones. So no row is padded on the left and positions are the same in all rows.
     rows, total = ids.shape
     run = lift(apply)
 
     def read(tokens, first, cache):
-        positions = jnp.broadcast_to(first + jnp.arange(tokens.shape[1]), tokens.shape)
+        positions = jnp.broadcast_to(offset + first + jnp.arange(tokens.shape[1]), tokens.shape)
         logits, cache = run(bound, tokens, positions=positions, cache=cache)
         return logits[:, -1], cache
 

@@ -22,7 +22,7 @@ from jpeft.train.folder import RunFolder
 from jpeft.train.optimizer import adamw, schedule
 from jpeft.train.report import Speed, plot_losses, progress
 from jpeft.train.step import init_state, make_evaluation, make_step
-from jpeft.train.tokens import Example
+from jpeft.train.tokens import Example, with_prompt
 
 __all__ = ["Result", "fit", "total_steps"]
 
@@ -55,7 +55,8 @@ def fit(
 ) -> Result:
     """Fine-tune `params` by `method`, writing all but the samples and the summary into the run's folder.
 
-    `calibration` is what a method that starts from data is given, by `calibration_for`.
+    `calibration` is what a method that starts from data is given, by `calibration_for`. Rows of `length` hold the
+    method's virtual tokens too.
 
     SIGTERM and the first SIGINT save a checkpoint and return; the same call then goes on from there.
 
@@ -64,7 +65,8 @@ def fit(
     """
     config.check()
     folder = folder or RunFolder.plan(config)
-    steps = total_steps(config, training, length)
+    shown = [[with_prompt(example, method) for example in part] for part in (training, held_out)]
+    steps = total_steps(config, shown[0], length)
     method = method.for_steps(steps)
     planned = schedule(config.learning_rate, steps, config.warmup)
     rate = lambda step: np.asarray(planned(step)).item()
@@ -73,8 +75,9 @@ def fit(
     trainable, frozen = method.init(key, params, sites, calibration or None)
     state = init_state(trainable, tx)
     step_fn, evaluate = make_step(apply, method, tx, config.accumulation), make_evaluation(apply)
-    held_out_batches = data.fixed_batches(held_out, length, config.batch_size, config.packing)
-    batches = data.batches(training, length, config.batch_size, config.seed, config.packing)
+    rows = config.batch_size, config.packing
+    held_out_batches = data.fixed_batches(shown[1], length, *rows, method.position_shift)
+    batches = data.batches(shown[0], length, rows[0], config.seed, rows[1], method.position_shift)
     settings = {**config.to_dict(), "steps": steps, "training_checksum": _checksum(training)}
     base = fingerprint(params)
 
@@ -95,7 +98,7 @@ def fit(
             batches.set_state(position)
             folder.rewind(int(state.step))
         else:
-            folder.log(step=0, heldout_loss=evaluate(params, held_out_batches))
+            folder.log(step=0, heldout_loss=evaluate(params, data.fixed_batches(held_out, length, *rows)))
             save(state, batches.get_state())
         done = start = int(state.step)
         with progress(start, steps, config.log_every, speed) as (update, say):

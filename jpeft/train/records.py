@@ -19,12 +19,16 @@ _ROLES = ("system", "user", "assistant", "tool")
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One example: either a prompt with its completion, or the messages of a chat. `where` says `file:line`."""
+    """One example: a prompt with its completion, or the messages of a chat; `task` chooses among several prompts.
+
+    `where` says `file:line`.
+    """
 
     where: str
     prompt: str = ""
     completion: str = ""
     messages: tuple[Mapping[str, Any], ...] | None = None
+    task: int = 0
 
 
 def read_jsonl(path: str | Path) -> list[Record]:
@@ -84,8 +88,11 @@ def split(records: list[Record], fraction: float, seed: int) -> tuple[list[Recor
 def _record(row: Any, where: str) -> Record:
     if not isinstance(row, Mapping):
         raise ValueError(f"expected a JSON object, got {_short(json.dumps(row).encode())}")
+    task = row.get("task", 0)
+    if not isinstance(task, int) or isinstance(task, bool) or task < 0:
+        raise ValueError(f"expected 'task' to be a whole number from 0 on, got {task!r}")
     if "messages" in row:
-        return Record(where, messages=_messages(row["messages"]))
+        return Record(where, messages=_messages(row["messages"]), task=task)
     missing = [name for name in ("prompt", "completion") if name not in row]
     if missing:
         near = [
@@ -100,7 +107,7 @@ def _record(row: Any, where: str) -> Record:
             raise ValueError(f"expected {name!r} to be a string, got {type(row[name]).__name__}")
     if not row["completion"]:
         raise ValueError("expected a completion to learn, got an empty string")
-    return Record(where, prompt=row["prompt"], completion=row["completion"])
+    return Record(where, prompt=row["prompt"], completion=row["completion"], task=task)
 
 
 def _messages(messages: Any) -> tuple[Mapping[str, Any], ...]:

@@ -10,19 +10,21 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from jpeft.core.prompts import VIRTUAL
 from jpeft.train.records import Record
 from jpeft.train.template import DEFAULT_TEMPLATE, ChatTemplate
 
-__all__ = ["Text", "Example", "encode_record", "encode_records"]
+__all__ = ["Text", "Example", "encode_record", "encode_records", "with_prompt"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """Token ids `(length,)` and which of them are learned `(length,)`; `truncated` counts the ids cut off."""
+    """Token ids `(length,)`, which of them are learned `(length,)`, the task; `truncated` counts the ids cut off."""
 
     ids: np.ndarray
     learned: np.ndarray
     truncated: int = 0
+    task: int = 0
 
 
 class Text:
@@ -94,7 +96,8 @@ def encode_record(text: Text, record: Record, length: int) -> Example:
             "it, or raise --sequence-length as far as the model's context goes"
         )
     cut = max(0, len(ids) - length - 1)
-    return Example(np.asarray(ids[: length + 1], np.int32), np.asarray(learned[: length + 1], bool), cut)
+    kept = np.asarray(ids[: length + 1], np.int32), np.asarray(learned[: length + 1], bool)
+    return Example(*kept, cut, record.task)
 
 
 def encode_records(text: Text, records: list[Record], length: int) -> list[Example]:
@@ -108,6 +111,28 @@ def encode_records(text: Text, records: list[Record], length: int) -> list[Examp
     if wrong:
         raise ValueError("\n".join(wrong[:8]) + (f"\n... and {len(wrong) - 8} more" if len(wrong) > 8 else ""))
     return examples
+
+
+def with_prompt(example: Example, method) -> Example:
+    """The example with the method's virtual tokens in front, if it has any.
+
+    Raises:
+        ValueError: a task that the method does not have.
+    """
+    if not method.prompt_length:
+        return example
+    if not example.task < method.num_prompts:
+        raise ValueError(
+            f"a record has task {example.task}; expected 0 to {method.num_prompts - 1}: the method has "
+            f"{method.num_prompts} prompts"
+        )
+    first = VIRTUAL + example.task * method.prompt_length
+    virtual = np.arange(first, first + method.prompt_length, dtype=example.ids.dtype)
+    return dataclasses.replace(
+        example,
+        ids=np.concatenate([virtual, example.ids]),
+        learned=np.concatenate([np.zeros(method.prompt_length, bool), example.learned]),
+    )
 
 
 def _completion(text: Text, record: Record) -> tuple[list[int], list[bool]]:

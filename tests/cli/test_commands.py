@@ -8,8 +8,11 @@ import pytest
 import yaml
 from tiny_llama import CONFIG
 
+import jpeft
 from jpeft import models
-from jpeft.cli import main
+from jpeft.cli import main, model
+from jpeft.cli.options import build_method, parse
+from jpeft.train.config import TrainConfig
 
 
 def ok(*arguments):
@@ -92,7 +95,7 @@ def test_merge_writes_a_model_with_the_same_logits(tiny, run_folder, tmp_path, c
     import jpeft
 
     tokens = jnp.array([[1, 2, 3, 4]])
-    wanted = jpeft.lift(apply)(model.with_adapter(apply, params, run_folder), tokens)
+    wanted = jpeft.lift(apply)(model.with_adapter(apply, params, run_folder)[0], tokens)
     np.testing.assert_allclose(apply(merged, tokens), wanted, atol=1e-5)
     assert "exists; give another --out" in refused(
         capsys, "merge", "--model", tiny, "--adapter", run_folder, "--out", tmp_path / "merged"
@@ -147,11 +150,67 @@ def test_chat_data_and_other_fields_of_the_method(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "arguments, wanted",
+    [
+        (["--method", "lora", "--rank", 3], jpeft.LoRA(rank=3)),
+        (["--method", "rs-lora", "--alpha", 4], jpeft.LoRA(alpha=4, scaling="rslora")),
+        (["--method", "last", "--set", "num_layers=2"], jpeft.LastLayers(num_layers=2)),
+        (
+            [
+                "--method",
+                "qlora",
+                "--rank",
+                2,
+                "--targets",
+                "q_proj",
+                "--set",
+                "NF4.block_size=32",
+                "double_quant=false",
+            ],
+            jpeft.chain(jpeft.NF4(block_size=32, double_quant=False), jpeft.LoRA(rank=2, targets="q_proj")),
+        ),
+        (["--method", "int8+ia3"], jpeft.chain(jpeft.Int8(), jpeft.IA3())),
+    ],
+)
+def test_methods_by_name(arguments, wanted):
+    config = parse(TrainConfig, [str(a) for a in arguments], "train")
+    assert build_method(config) == wanted
+
+
+ACTING = {
+    "qlora": ["--rank", 2, "--set", "NF4.targets=mlp", "--set", "NF4.block_size=8"],
+}
+
+
+@pytest.mark.parametrize("name", ACTING)
+def test_methods_that_act_on_activations_or_quantize_train_and_generate(tiny, data_file, tmp_path, capsys, name):
+    """What is trained is saved, and is what generates afterwards."""
+    settings = ["--max-steps", 2, "--batch-size", 2, "--samples", 2, "--sample-tokens", 3, "--learning-rate", 0.05]
+    out = tmp_path / "out"
+    ok("train", "--model", tiny, "--data", data_file, "--method", name, *ACTING[name], *settings, "--out", out)
+    before, after = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[::3])
+    assert before["heldout_loss"] != after["heldout_loss"] and np.isfinite(after["heldout_loss"])
+    capsys.readouterr()
+    apply, params = models.load(tiny, dtype="float32")
+    bound, method = model.with_adapter(apply, params, str(out))
+    batch = {"tokens": jnp.arange(6)[None], "positions": jnp.arange(6)[None]}
+    batch = jpeft.prompted(batch | ({"tasks": jnp.array([1])} if method.num_prompts > 1 else {}), method)
+    logits = jpeft.lift(apply)(bound, batch["tokens"], positions=batch["positions"])
+    assert np.isfinite(logits).all()
+    ok("generate", "--model", tiny, "--adapter", out, "--prompt", "3 + 1 =", "--max-tokens", 3)
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     "arguments, said",
     [
         (["--rnk", 3], "--rank"),
         (["--rank", "three"], "invalid literal for int"),
         (["--method", "bitfat"], "there is no method 'bitfat'; did you mean bitfit"),
+        (["--method", "lo"], "there is no method 'lo'; did you mean loftq or loha or lokr"),
+        (["--method", "nf4+lorra"], "there is no method 'lorra'; did you mean lora"),
+        (["--method", "qlora", "--set", "scalling=rslora"], "none of the methods has a field 'scalling'; did you mean"),
+        (["--method", "qlora", "--set", "NF4.scaling=1"], "none of the methods has a field 'NF4.scaling'"),
         (["--set", "scalling=rslora"], "LoRA has no field 'scalling'; did you mean scaling"),
         (["--set", "scaling"], "--set expects name=value"),
         (["--set", "rank=abc", "--set", "scaling=[3]"], "LoRA.rank expects a int"),
@@ -217,8 +276,8 @@ def test_broken_models_and_adapters(tiny, run_folder, tmp_path, capsys):
     assert "model.safetensors" in refused(capsys, "generate", "--model", broken, "--prompt", "x")
     weights.unlink()
     assert "safetensors" in refused(capsys, "generate", "--model", broken, "--prompt", "x")
-    (broken / "config.json").write_text(json.dumps(CONFIG | {"model_type": "bert"}))
-    assert "bert" in refused(capsys, "inspect", "--model", broken)
+    (broken / "config.json").write_text(json.dumps(CONFIG | {"model_type": "mamba"}))
+    assert "mamba" in refused(capsys, "inspect", "--model", broken)
     other = tmp_path / "other"
     import jax
 

@@ -41,7 +41,7 @@ def test_every_example_comes_once_whole_and_predicts_its_own_next_token(packing)
     for example in made:
         tokens, targets, weights, positions = found[int(example.ids[0])]
         np.testing.assert_array_equal(tokens, example.ids[:-1])
-        np.testing.assert_array_equal(targets, example.ids[1:])
+        np.testing.assert_array_equal(targets, np.where(example.learned, example.ids, 0)[1:])
         np.testing.assert_array_equal(weights, example.learned[1:])
         np.testing.assert_array_equal(positions, np.arange(len(tokens)))
 

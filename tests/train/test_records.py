@@ -27,6 +27,7 @@ def test_reads_both_forms_and_says_where(tmp_path):
         ({"message": []}, "'message' looks like 'messages'"),
         ({"prompt": "p", "completion": 3}, "'completion' to be a string, got int"),
         ({"prompt": "p", "completion": ""}, "empty string"),
+        ({"prompt": "p", "completion": "c", "task": "2"}, "'task' to be a whole number from 0 on, got '2'"),
         ({"messages": []}, "'messages' to be a list"),
         ({"messages": [{"role": "user"}]}, "message 0 to be an object with 'role' and 'content'"),
         ({"messages": [{"role": "asistant", "content": "x"}]}, "did you mean 'assistant'?"),

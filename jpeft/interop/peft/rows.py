@@ -110,7 +110,7 @@ def site_of(path: str, w: Weight, sites: Sites | None, export: Export) -> Site:
         return Site(path, kind, (), None, "s" * (layers is not None) + w.axes, 1, 0)
     uses: dict[str, Site] = {}
     for use in sites:
-        if use.path == path:
+        if use.path == path and use.kind != "attention":  # what its outputs reach, not a use of its own
             uses.setdefault(use.kind, use)
     if export.tied and (known := [use for kind, use in uses.items() if kind in export.tensors]):
         return known[0]
