@@ -110,12 +110,14 @@ class Method:
             calibration: `{path: what the method learns from data}`, made by `calibrate`; only for methods that ask.
 
         Raises:
-            ValueError: a target that matches nothing; a site that the method cannot adapt; sites of another tree; no
-                calibration where the method needs one, or one that lacks a site.
+            ValueError: a target that matches nothing; a site that the method cannot adapt, or a Weight there that lets
+                no other around it; sites of another tree; no calibration where the method needs one, or one that
+                lacks a site.
         """
         chosen = self.chosen(sites)
         whole = select(sites, self.modules_to_save, _ANY_KIND) if self.modules_to_save else {}
         _check_paths({**chosen, **whole}, params)
+        _check_wraps(type(self).__name__, {**chosen, **whole}, params)
         given = self._calibration_of(chosen, _with_weights(self, calibration, params))
         nothing = Saved() if any(isinstance(found, Saved) for found in given.values()) else None
 
@@ -164,12 +166,16 @@ class Method:
         Raises:
             ValueError: see `init`.
         """
-        chosen = select(sites, self.targets, self.KINDS)
+        chosen = self.matched(sites)
         problems = [f"{path}: {problem}" for path, site in chosen.items() if (problem := self.check(site))]
         if problems:
             more = f"\n... and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise ValueError(f"{type(self).__name__} cannot adapt\n" + "\n".join(problems[:5]) + more)
         return chosen
+
+    def matched(self, sites: Sites) -> dict[str, Site]:
+        """`{path: site}` of what the targets mean, before any is checked. Default: the sites that they select."""
+        return select(sites, self.targets, self.KINDS)
 
     def bind(self, trainable, frozen, key: jax.Array | None = None) -> Any:
         """The tree with Weights in it. A key switches on what is random in training (dropout)."""
@@ -257,6 +263,13 @@ def _check_paths(chosen: dict[str, Site], params) -> None:
     ]
     if wrong:
         raise ValueError("these sites are of another tree; call find_sites on this one\n" + "\n".join(wrong[:5]))
+
+
+def _check_wraps(name: str, chosen: dict[str, Site], params) -> None:
+    held = {path: leaf for path, leaf in leaves_with_paths(params) if path in chosen and isinstance(leaf, Weight)}
+    refused = [f"{path}: {why}" for path, leaf in held.items() if (why := leaf.why_not_wrap())]
+    if refused:
+        raise ValueError(f"{name} cannot adapt\n" + "\n".join(refused[:5]))
 
 
 def _check_trains(name: str, bound, mask) -> None:

@@ -112,10 +112,11 @@ class Weight:
         """`{field: name}` of the fields that the method keeps once for several leaves; None until `bind` fills them."""
         return {}
 
-    def fitted(self) -> Self:
+    def fitted(self) -> Weight:
         """The Weight with shared arrays cut to its own size, so that all its fields are as `FIELDS` says.
 
-        Default: they have that size. `lift` takes the Weights of its arguments so; `dense` must not rely on it.
+        Default: they have that size. `lift` takes the Weights of its arguments so; `dense` must not rely on it. It is
+        also the place to make, once for a run, what every use of the leaf needs; the result may be of another class.
         """
         base = self.base.fitted() if isinstance(self.base, Weight) else self.base
         return self if base is self.base else self.replace(base=base)
@@ -130,6 +131,10 @@ class Weight:
     def why_not_merge(self) -> str | None:
         """Why this Weight has no dense form; None where it has one."""
         return self.base.why_not_merge() if isinstance(self.base, Weight) else None
+
+    def why_not_wrap(self) -> str | None:
+        """Why no other Weight may be put around this one; None where one may."""
+        return self.base.why_not_wrap() if isinstance(self.base, Weight) else None
 
     def standing_for(self, array: jax.Array) -> Weight:
         """A Weight of the same kind for another dense array: a compressing Weight encodes it.
