@@ -300,7 +300,9 @@ def test_a_method_is_a_value(method):
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 def test_adding_a_target_does_not_reshuffle_the_others(method):
     model = make_model("linen-unrolled")
-    first, second = list(method.chosen(model.sites))[:2]
+    first, second, *_ = [*method.chosen(model.sites), None]
+    if second is None:  # a method of one leaf, which refuses a second
+        return
     one, two = (dataclasses.replace(method, targets=[f"^{path}$" for path in t]) for t in ([first], [first, second]))
     chosen = [
         _at(m.init(KEY, model.params, model.sites, calibration("linen-unrolled", m))[0], first) for m in (one, two)
