@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jpeft.core.sites import Site, Sites
+from jpeft.core.targets import Targets, select
 from jpeft.core.weight import matrix_sizes
 
-__all__ = ["Owned", "with_biases"]
+__all__ = ["Owned", "ends", "with_biases"]
 
 _KERNELS = ("dense", "conv", "experts")
 
@@ -33,8 +34,7 @@ def with_biases(chosen: Mapping[str, Site], sites: Sites) -> dict[str, Site]:
     """
     kernels = {s.path: s for s in sites if s.kind in _KERNELS and "?" not in s.axes}
     biases = {s.path: s for s in sites if s.kind == "bias" and "?" not in s.axes}
-    owners = {bias: [k for k, kernel in kernels.items() if _fits(b, kernel)] for bias, b in biases.items()}
-    pairs = {bias: found for bias, found in owners.items() if any(k in chosen for k in found)}
+    pairs = {bias: found for bias, found in _owners(biases, kernels).items() if any(k in chosen for k in found)}
     several = [f"{bias} may belong to {' or '.join(found)}" for bias, found in pairs.items() if len(found) > 1]
     owned = [found[0] for found in pairs.values()]
     several += [f"{k} may have several biases" for k in dict.fromkeys(owned) if owned.count(k) > 1]
@@ -45,6 +45,30 @@ def with_biases(chosen: Mapping[str, Site], sites: Sites) -> dict[str, Site]:
         axes = biases[bias].axes.replace("o", "b", kernels[kernel].axes.count("b"))
         whole[bias] = Owned(**vars(replace(biases[bias], axes=axes)), owner=kernel)
     return whole
+
+
+def ends(sites: Sites, targets: Targets, kinds: Sequence[str]) -> dict[str, Site]:
+    """Where the outputs of the targets are complete: at a kernel's bias, where it has one, else at the kernel.
+
+    For methods that act on what a layer puts out. The targets select kernels of these kinds; a bias that they select
+    stands for its kernel, and one that belongs to no kernel (a norm's) does not count.
+
+    Raises:
+        ValueError: as `select` and `with_biases`.
+    """
+    kernels = {s.path: s for s in sites if s.kind in _KERNELS and "?" not in s.axes}
+    biases = {s.path: s for s in sites if s.kind == "bias" and "?" not in s.axes}
+    owners = {bias: found for bias, found in _owners(biases, kernels).items() if found}
+    seen = Sites(tuple(s for s in sites if s.kind != "bias" or s.path in owners))
+    chosen = select(seen, targets, (*kinds, "bias"))
+    named = {k: kernels[k] for path in chosen for k in (owners[path] if path in owners else [path])}
+    whole = with_biases({path: site for path, site in named.items() if site.kind in kinds}, sites)
+    return {path: site for path, site in whole.items() if not isinstance(site, Owned) or path != site.owner}
+
+
+def _owners(biases: Mapping[str, Site], kernels: Mapping[str, Site]) -> dict[str, list[str]]:
+    """`{bias: the kernels that it fits}`."""
+    return {bias: [k for k, kernel in kernels.items() if _fits(b, kernel)] for bias, b in biases.items()}
 
 
 def _fits(bias: Site, kernel: Site) -> bool:

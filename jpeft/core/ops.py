@@ -5,6 +5,7 @@ Each is a view of one jaxpr equation, with the same verbs, so that a method is w
     base(x, array)    the equation itself, on a dense array of the leaf's shape
     inputs(x)         x in the order of the matrix form: (*batch, *free, in)         (not for convolutions, lookups)
     map_inputs(x, fn) x after `fn` on that form, in x's own order                    (not for convolutions, lookups)
+    as_inputs(h)      h (*batch, *free, in), with as many free axes, in x's own order (of a single product alone)
     contract(x, m)    x with a matrix (*batch, in, k) in place of the leaf            -> (*batch, *free, k)
     mix(h, m)         h (*batch, *free, k) with a matrix (*batch, k, out)             -> (*batch, *free, out)
     mix_blocks(h, m)  h (*batch, *free, n, k) with n of them (*batch, n, k, out)      -> (*batch, *free, n, out)
@@ -164,16 +165,18 @@ class Dot(_Op):
         return x if x.ndim == len(lead) + 1 else x.reshape(*lead, -1)
 
     def map_inputs(self, x, fn):
+        return self.as_inputs(fn(self.inputs(x)))
+
+    def as_inputs(self, h):
         cx, cw, bx, _ = self._dims
-        y = fn(self.inputs(x))
-        lead = y.shape[:-1]
+        lead = h.shape[:-1]
         parts = [p for axis in cw for p in self.layout.axes[axis] if self.layout.size(p) != 1]
         if parts != sorted(parts):
-            y = y.reshape(*lead, *map(self.layout.size, sorted(parts)))
-            y = jnp.transpose(y, [*range(len(lead)), *(len(lead) + sorted(parts).index(p) for p in parts)])
-        y = y.reshape(*lead, *(x.shape[k] for k in cx))
+            h = h.reshape(*lead, *map(self.layout.size, sorted(parts)))
+            h = jnp.transpose(h, [*range(len(lead)), *(len(lead) + sorted(parts).index(p) for p in parts)])
+        h = h.reshape(*lead, *(self.layout.shape[axis] for axis in cw))
         order = [bx[n] for n in self._batch_order] + self._x_free + list(cx)
-        return y if order == list(range(y.ndim)) else jnp.transpose(y, [order.index(k) for k in range(y.ndim)])
+        return h if order == list(range(h.ndim)) else jnp.transpose(h, [order.index(k) for k in range(h.ndim)])
 
     def contract(self, x, m):
         return self.mix(self.inputs(x), m)
@@ -391,26 +394,50 @@ class Conv(_Op):
 
 @dataclass(frozen=True)
 class Add(_Op):
-    """`add` of a bias: all of the leaf's outputs, once, along axes of x; its other axes of size one."""
+    """`add` of a bias: all of the leaf's outputs, once, along axes of x, as are its experts; its other axes of size one."""
 
     transposed = False
 
     def __post_init__(self):
-        if any(c in "sbi" for k, c in enumerate(self.labels) if self.layout.base_shape[k] != 1):
-            raise NotAnOp("more than one layer's or one expert's bias is added")
+        shown = {self.layout.base_axis(axis) for axis in range(len(self.layout.axes))}
+        sizes = self.layout.base_shape
+        if any(sizes[k] != 1 for k, c in enumerate(self.labels) if c in "si" or (c == "b" and k not in shown)):
+            raise NotAnOp("more than one layer's bias is added, or experts that lie along no axis of their own")
+
+    @property
+    def _batch(self) -> list[int]:
+        """The axes of the leaf's experts, in its own order."""
+        known = {self.layout.base_axis(axis): axis for axis in range(len(self.layout.axes))}
+        return [known[k] for k, c in enumerate(self.labels) if c == "b" and self.layout.base_shape[k] != 1]
 
     @property
     def _own(self) -> list[int]:
-        return [axis for axis, parts in enumerate(self.layout.axes) if parts and self.layout.shape[axis] != 1]
+        used = [axis for axis, parts in enumerate(self.layout.axes) if parts and self.layout.shape[axis] != 1]
+        return [axis for axis in used if axis not in self._batch]
+
+    @property
+    def _order(self) -> list[int]:
+        """The axes of x as `(*batch, *free, *the leaf's outputs)`."""
+        taken = {*self._batch, *self._own}
+        return [*self._batch, *(k for k in range(self.x_ndim) if k not in taken), *self._own]
 
     def base(self, x, array):
         return x + self._dense(array)
 
+    def mix(self, h, m):
+        m = self._cast(h, m)
+        m = m.reshape(*m.shape[m.ndim - 2 - len(self._batch) :])  # stack axes of size one are no axes of x
+        batch = tuple(range(m.ndim - 2))
+        return lax.dot_general(h, m, (((h.ndim - 1,), (m.ndim - 2,)), (batch, batch)))
+
+    def spread(self, v):
+        free = self.x_ndim - len(self._batch) - len(self._own)
+        batch = v.shape[v.ndim - 1 - len(self._batch) : -1]
+        return v.reshape(*batch, *(1 for _ in range(free)), v.shape[-1])
+
     def restore(self, y):
-        own = self._own
-        y = self._split_out(y, own, "o")
-        return jnp.moveaxis(y, tuple(range(y.ndim - len(own), y.ndim)), own)
+        y, order = self._split_out(y, self._own, "o"), self._order
+        return jnp.transpose(y, [order.index(k) for k in range(y.ndim)])
 
     def outputs(self, y):
-        own = self._own
-        return self._merge_out(jnp.moveaxis(y, own, tuple(range(y.ndim - len(own), y.ndim))), own, "o")
+        return self._merge_out(jnp.transpose(y, self._order), self._own, "o")

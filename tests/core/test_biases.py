@@ -6,7 +6,7 @@ import pytest
 from small_models import make_model
 
 import jpeft
-from jpeft.core.biases import Owned, with_biases
+from jpeft.core.biases import Owned, ends, with_biases
 from jpeft.core.targets import select
 
 DENSE = ("dense",)
@@ -51,3 +51,17 @@ def test_more_than_one_fit_is_refused():
     sites = sites_of(fn, {"kernel": (4, 3), "here": (3,), "there": (3,)}, (2, 4))
     with pytest.raises(ValueError, match="kernel may have several biases"):
         with_biases(select(sites, "kernel", DENSE), sites)
+
+
+# ---- where outputs are complete ----
+
+
+def test_outputs_are_complete_at_the_bias_of_a_kernel_that_has_one():
+    sites = make_model("linen-scanned").sites
+    by_kernel, by_either = (ends(sites, t, DENSE) for t in ("down", "layers/(down|norm2)"))
+    assert list(by_kernel) == list(by_either) == list(ends(sites, "down/bias", DENSE)) == ["layers/down/bias"]
+    assert by_kernel["layers/down/bias"].owner == "layers/down/kernel"
+    sites = make_model("plain").sites
+    assert list(ends(sites, ["^out$", "torch_head"], DENSE)) == ["out", "bias"]
+    with pytest.raises(ValueError, match="'norm2' matches only layers/norm2/scale"):
+        ends(make_model("linen-scanned").sites, "norm2", DENSE)  # a norm's bias belongs to no kernel

@@ -53,6 +53,20 @@ class Sink(Weight):
         return call.joined(ones, self.level * ones)
 
 
+class OnlyLevel(Sink):
+    """A sink whose note has not the kernel."""
+
+    def notes(self, op, reached):
+        return (*reached, self.replace(base=None))
+
+
+class OneHead(Sink):
+    """A sink that knows one head alone."""
+
+    def attend(self, call):
+        return super().attend(dataclasses.replace(call, kv_heads=1)) and call.joined(*[jnp.ones((1, 1, 4))] * 2)
+
+
 # ---- at the sum ----
 
 
@@ -70,6 +84,38 @@ def test_a_bias_acts_where_it_is_added(shape, lead):
     bound = params | {"bias": Doubled(params["bias"], axes="o" * len(shape))}
     plain = np.tensordot(x, params["kernel"], 1) + params["bias"]
     np.testing.assert_allclose(jpeft.lift(fn)(bound, x), np.sin(2 * plain), atol=1e-5)
+
+
+@weight
+class Turned(Weight):
+    """What a layer puts out, its bias included, times a matrix of its own, and its vector."""
+
+    base: Any
+    matrix: Any
+    vector: Any
+    axes: str = static()
+    FIELDS = {"matrix": "ok", "vector": "o"}
+
+    def added(self, op, x):
+        turn = lambda y: op.mix(y, self.matrix) + op.spread(self.vector)
+        return op.map_outputs(op.base(x, dense(self.base)), turn)
+
+
+@pytest.mark.parametrize("front", [True, False], ids=["experts first", "rows first"])
+def test_what_acts_on_experts_at_their_bias_is_each_experts_own(front):
+    rng = np.random.default_rng(0)
+    params = {"kernel": rng.normal(size=(3, 4, 5)), "bias": rng.normal(size=(3, 5))}
+    x, matrix, vector = rng.normal(size=(3, 2, 4)), rng.normal(size=(3, 5, 5)), rng.normal(size=(3, 5))
+
+    def fn(p, x):
+        y = jnp.einsum("ebd,edf->ebf" if front else "ebd,edf->bef", x, p["kernel"])
+        return jnp.sin(y + (p["bias"][:, None] if front else p["bias"]))
+
+    bound = params | {"bias": Turned(params["bias"], matrix, vector, axes="bo")}
+    turned = np.einsum("ebf,efg->ebg", np.asarray(x @ params["kernel"]) + params["bias"][:, None], matrix)
+    expected = np.sin(turned + vector[:, None])
+    found = jpeft.lift(fn)(bound, x)
+    np.testing.assert_allclose(found if front else jnp.swapaxes(found, 0, 1), expected, atol=1e-5)
 
 
 def changed(params, changes):
@@ -170,6 +216,32 @@ def test_a_note_of_an_inner_weight_reaches_the_call_through_an_outer_one():
     halves = lora.init(jax.random.key(0), bound, model.sites)
     run = lambda params: jpeft.lift(model.apply)(params, *model.inputs)
     np.testing.assert_allclose(run(lora.bind(*halves)), run(bound), atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["sliced", "remat"])
+def test_a_note_that_comes_with_queries_keys_and_values_acts_once(way):
+    """Of a fused kernel the pieces, or its rematerialised product's, each bring the note."""
+
+    def fn(p, x):
+        heads = lambda y: y.reshape(2, 5, 2, 4)
+        if way == "sliced":
+            return jpeft.attention(*(heads(x @ w) for w in jnp.split(p["w"], 3, axis=1)))
+        return jpeft.attention(*map(heads, jax.checkpoint(lambda w, x: jnp.split(x @ w, 3, axis=-1))(p["w"], x)))
+
+    rng = np.random.default_rng(0)
+    params, x = {"w": jnp.asarray(rng.normal(size=(8, 24)))}, jnp.asarray(rng.normal(size=(2, 5, 8)))
+    q, k, v = (y.reshape(2, 5, 2, 4) for y in jnp.split(x @ params["w"], 3, axis=-1))
+    extra = lambda rows, value: jnp.concatenate([jnp.full_like(rows[:, :1], value), rows], 1)
+    bound = {"w": OnlyLevel(params["w"], jnp.float32(0.3), axes="io")}
+    expected = jpeft.attention(q, extra(k, 1.0), extra(v, 0.3))
+    np.testing.assert_allclose(jpeft.lift(fn)(bound, x), expected, atol=2e-6)
+
+
+def test_extra_keys_have_the_heads_of_the_call():
+    fn = lambda p, x: jpeft.attention(*[(x @ p["w"]).reshape(2, 5, 2, 4)] * 3)
+    params, x = {"w": jnp.ones((8, 8))}, jnp.ones((2, 5, 8))
+    with pytest.raises(ValueError, match="expected keys and values of 2 heads.*got \\(1, 1, 4\\)"):
+        jpeft.lift(fn)({"w": OneHead(params["w"], jnp.float32(0.3), axes="io")}, x)
 
 
 def test_queries_of_no_one_kernel_have_no_place():
