@@ -82,7 +82,18 @@ class Call:
     notes: tuple[Any, ...] = ()
 
     def apart(self, key: Array, value: Array) -> tuple[Array, Array]:
-        """`(out, lse)` of the queries over these keys alone: key, value `(extra, kv_heads, head_dim)`, all visible."""
+        """`(out, lse)` of the queries over these keys alone, all visible.
+
+        Shapes: key, value `(*batch, extra, kv_heads, head_dim)`, or without the batch axes.
+
+        Raises:
+            ValueError: other heads than the call's keys have.
+        """
+        if key.shape[-2] != self.kv_heads or value.shape[-2] != self.kv_heads:
+            raise ValueError(
+                f"expected keys and values of the call's {self.kv_heads} heads, got {key.shape}, {value.shape}; "
+                "was the adapter made for another model, or are the heads split over devices inside a shard_map?"
+            )
         key, value = (x.astype(self.query.dtype) for x in (key, value))
         return attention_with_lse(self.query, key, value, jnp.ones((1, 1), bool), self.scale)
 

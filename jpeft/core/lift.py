@@ -118,7 +118,6 @@ def _kind(x) -> tuple:
     return (jax.typeof(x),)
 
 
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Noted:
     """An array on its way to an attention call, and what Weights that made it leave for that call."""
@@ -137,7 +136,14 @@ def _noted(value, notes: tuple):
 
 def _notes_of(values) -> tuple:
     """The notes of all values, each once."""
-    return tuple({id(note): note for v in values if isinstance(v, _Noted) for note in v.notes}.values())
+    notes = {id(note): note for v in values if isinstance(v, _Noted) for note in v.notes}
+    return tuple({_identity(note): note for note in notes.values()}.values()) if len(notes) > 1 else (*notes.values(),)
+
+
+def _identity(note) -> tuple:
+    """What tells notes apart: two of the same arrays are one, as where a leaf is cut and each piece leaves it."""
+    leaves, structure = jax.tree.flatten(note)
+    return structure, *map(id, leaves)
 
 
 class _Interpreter:
@@ -223,13 +229,21 @@ class _Interpreter:
         jaxpr, consts = compat.open_jaxpr(eqn.params["jaxpr"])
         arrays, rebuild = _unpack(operands)
         passed: dict[int, int] = {}
+        noted: dict[int, list[int]] = {}  # which notes each output has
 
         def fn(arrays):
             inside = rebuild(arrays)
-            return self.without_passed(self.jaxpr(jaxpr, consts, inside), inside, passed, notes=True)
+            outs = self.without_passed(self.jaxpr(jaxpr, consts, inside), inside, passed, notes=True)
+            notes = _notes_of(outs)
+            places = {_identity(note): n for n, note in enumerate(notes)}
+            own = {k: v.notes for k, v in enumerate(outs) if isinstance(v, _Noted)}
+            noted.update({k: [places[_identity(note)] for note in found] for k, found in own.items()})
+            return [_plain(v) for v in outs], notes
 
         remat = jax.checkpoint(fn, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
-        return [operands[passed[k]] if k in passed else out for k, out in enumerate(remat(arrays))]
+        outs, notes = remat(arrays)
+        outs = [_noted(out, tuple(notes[n] for n in noted.get(k, ()))) for k, out in enumerate(outs)]
+        return [operands[passed[k]] if k in passed else out for k, out in enumerate(outs)]
 
     def enter_scan(self, eqn, operands):
         n_consts, n_carry = compat.scan_split(eqn)
