@@ -23,20 +23,23 @@ from jpeft.core.sites import Site, Sites
 from jpeft.core.targets import Targets
 from jpeft.core.weight import Weight, apply, dense, matrix_sizes, static, to_matrix, weight
 
-__all__ = ["Made", "Prompt", "lookup"]
+__all__ = ["Prompt", "Prompted", "lookup"]
 
 
-@weight
-class Prompt(Weight):
-    """`base` with `rows` (*stack, n, out) under the ids `VIRTUAL` to `VIRTUAL + n - 1`; later ids give NaN."""
+class Prompted(Weight):
+    """`base` with n rows more, under the ids `VIRTUAL` to `VIRTUAL + n - 1`; later ids give NaN. A subclass defines
+    `made`, which runs once for every call of the lifted function.
+    """
 
-    base: Any
-    rows: Any
-    axes: str = static()
+    SLICEABLE = "i"
 
-    FIELDS = {"rows": "no"}
-    TRAINABLE = frozenset({"rows"})
-    SLICEABLE = "io"
+    def made(self) -> jax.Array:
+        """The rows (*stack, n, out)."""
+        raise TypeError(f"{type(self).__name__} defines no made")
+
+    def fitted(self) -> Weight:
+        base = self.base.fitted() if isinstance(self.base, Weight) else self.base
+        return Prompt(base, self.made(), axes=self.axes)
 
     def apply(self, op, x):
         if not isinstance(op, Gather):
@@ -44,7 +47,7 @@ class Prompt(Weight):
         ids = op.rows(x).astype(jnp.int32)
         virtual = ids >= VIRTUAL
         own = apply(op, op.with_rows(x, jnp.where(virtual, 0, ids)), self.base)
-        found = self.rows.at[jnp.where(virtual, ids - VIRTUAL, 0)].get(mode="fill", fill_value=jnp.nan)
+        found = self.made().at[jnp.where(virtual, ids - VIRTUAL, 0)].get(mode="fill", fill_value=jnp.nan)
         return op.map_outputs(own, lambda y: jnp.where(virtual[..., None], found.astype(y.dtype), y))
 
     def dense(self):
@@ -60,19 +63,20 @@ class Prompt(Weight):
         return "a prompt stands there, and stays outermost; of a chain one method has a prompt, and it comes last there"
 
 
-class Made(Prompt):
-    """A prompt whose rows are made from other fields, by `made`, once for every call of the lifted function."""
+@weight
+class Prompt(Prompted):
+    """The rows themselves, (*stack, n, out)."""
 
-    def made(self) -> jax.Array:
-        """The rows (*stack, n, out)."""
-        raise TypeError(f"{type(self).__name__} defines no made")
+    base: Any
+    rows: Any
+    axes: str = static()
 
-    def fitted(self):
-        return self.plain(super().fitted().base)
+    FIELDS = {"rows": "no"}
+    TRAINABLE = frozenset({"rows"})
+    SLICEABLE = "io"
 
-    def plain(self, base) -> Prompt:
-        """The rows as they are now, as a plain prompt on `base`."""
-        return Prompt(base, self.made(), axes=self.axes)
+    def made(self):
+        return self.rows
 
 
 def lookup(leaf, ids: jax.Array, axes: str) -> jax.Array:
@@ -218,9 +222,3 @@ class _StartingRows(_Prompting):
             draw = jax.vmap(draw)
         sampled = lookup(leaf, draw(jax.random.split(key, lead) if lead else key), axes).astype(dtype)
         return jnp.concatenate([*(mean[..., None, :] for mean in means), sampled], -2)
-
-
-def with_plain_prompts(tree) -> Any:
-    """One half or a bound tree with plain prompts in place of those that are made."""
-    plain = lambda w: w.plain(w.base) if isinstance(w, Made) else w
-    return jax.tree.map(plain, tree, is_leaf=lambda x: isinstance(x, Weight))
