@@ -310,6 +310,11 @@ class BertApply(Apply):
     HEAD_POOLS: ClassVar[bool] = True
     DEFAULTS: ClassVar[dict[str, Any]] = {"type_vocab_size": 2, "max_position_embeddings": 512}
 
+    @property
+    def task(self) -> str:
+        """HF PEFT's word for a classifier of sequences, or for an encoder."""
+        return "FEATURE_EXTRACTION" if self.config.num_labels is None else "SEQ_CLS"
+
     def __call__(self, params, tokens, token_type_ids=None, *, segment_ids=None, positions=None) -> Array:
         """Logits of labels, or hidden states where the model has no head for labels.
 

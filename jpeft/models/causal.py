@@ -127,6 +127,11 @@ class CausalApply(Apply):
     (1, 3, 32)
     """
 
+    @property
+    def task(self) -> str:
+        """HF PEFT's word for a language model."""
+        return "CAUSAL_LM"
+
     def __call__(self, params, tokens, *, positions=None, segment_ids=None, cache=None):
         """Logits, or `(logits, cache)` where a cache is given.
 

@@ -81,6 +81,16 @@ class Apply(ABC):
         return given
 
     @property
+    def task(self) -> str | None:
+        """HF PEFT's word for what the model is for, None where it has none."""
+        return None
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Hugging Face's name of each parameter; `{}` stands for the layer."""
+        return {row.path: row.name for row in self.TENSORS}
+
+    @property
     def ignored(self) -> tuple[str, ...]:
         """Patterns of tensor names that a folder may have and that are not read."""
         return ()

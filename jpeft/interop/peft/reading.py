@@ -127,7 +127,7 @@ def _matched(stored: Mapping[str, Stored], export: Export, config: Mapping[str, 
         else:
             module, _, tensor = name.rpartition(".")
             group = found.whole
-            to_save = listed(module, config.get("modules_to_save") or ())
+            to_save = any(listed(outer, config.get("modules_to_save") or ()) for outer in _outer(module))
             usable = [s for s in sites if to_save and parameter(s.path) == tensor]
         try:
             hit = match(module, usable)
@@ -144,6 +144,12 @@ def _matched(stored: Mapping[str, Stored], export: Export, config: Mapping[str, 
             found.keys.append(key)
     raise_together("these names may mean several modules", {"ambiguous": sorted(problems)})
     return found
+
+
+def _outer(module: str) -> list[str]:
+    """A module and all that it lies in: `a.b`, `a`."""
+    parts = module.split(".")
+    return [".".join(parts[:k]) for k in range(len(parts), 0, -1)]
 
 
 def _layers(site: Site) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def save(
     *,
     sites: Sites | None = None,
     prefix: str = "model.",
+    names: Mapping[str, str] | None = None,
     task_type: str | None = "CAUSAL_LM",
     overwrite: bool = False,
 ) -> None:
@@ -43,6 +45,7 @@ def save(
         sites: what `find_sites` found; without it only kernels of two axes and vectors can be written, under Flax's
             names, stacked (if they are) after the first part of their paths.
         prefix: what stands before our modules' names in torch, the vocabulary's head excepted.
+        names: torch's names of parameters by path, `{}` for the layer, where they do not follow from path and prefix.
         task_type: PEFT's word for what the model is for.
         overwrite: whether an existing folder may be replaced.
 
@@ -74,7 +77,8 @@ def save(
     if base is not None and not name:
         _check_shapes(leaves, base)
     own = {p: site_of(p, w, sites, export) for p, w in leaves.items()}
-    names = {p: module_name(site, sites, prefix) for p, site in own.items()}
+    given = {p: name.rpartition(".")[0] for p, name in (names or {}).items()}
+    names = {p: given.get(p) or module_name(site, sites, prefix) for p, site in own.items()}
     rows = list(rows_of(leaves, own, names, export, complete=frozen is not None))
     if lacking := [row.key for row in rows if row.value(leaves) is None]:
         raise ValueError(f"{', '.join(lacking[:3])} is of the frozen half; write save(..., frozen=frozen)")
@@ -92,7 +96,7 @@ def save(
         "task_type": task_type,
         "inference_mode": True,
         "target_modules": listed(tuned),
-        "modules_to_save": listed(whole) or None,
+        "modules_to_save": listed(_outermost(whole, leaves, paths)) or None,
         **values_of(method, export, tuned),
         **{
             key: listed({p: n for p, n in tuned.items() if has(p, *which)})
@@ -103,6 +107,21 @@ def save(
     with renamed_when_complete(path, overwrite=True) as folder:
         write_json(folder / CONFIG, config)
         write_tensors(folder / TENSORS, tensors)
+
+
+def _outermost(whole: Mapping[str, str], leaves: Mapping[str, Weight], paths: Sequence[str]) -> dict[str, str]:
+    """The modules of leaves that train as they are, those outside any stack named by the largest that trains in full.
+
+    PEFT knows a classifier of several modules by the name of the whole.
+    """
+    found = {}
+    for path, module in whole.items():
+        parts = path.split("/")[:-1]
+        inside = lambda depth, parts=parts: [p for p in paths if p.split("/")[:depth] == parts[:depth]]
+        full = [d for d in range(1, len(parts) + 1) if all(p in whole for p in inside(d))]
+        inner = len(parts) - full[0] if full and not layers_of(leaves[path]) else 0
+        found[path] = module.rsplit(".", inner)[0] if inner else module
+    return found
 
 
 def _is_weight(x) -> bool:
