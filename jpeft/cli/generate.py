@@ -47,7 +47,7 @@ def run(arguments: Sequence[str]) -> None:
 
     folder = model.folder_of(config.model)
     text = Text(folder)
-    apply, params = model.load(folder, config.dtype)
+    apply, params = model.load_language_model(folder, config.dtype)
     bound, method = model.with_adapter(apply, params, config.adapter)
     if config.chat:
         rendered = text.chat.render([{"role": "user", "content": config.prompt}], add_generation_prompt=True)

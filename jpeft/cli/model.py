@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-__all__ = ["folder_of", "load", "sites_of", "with_adapter", "adapter_of", "complete", "matched"]
+__all__ = ["folder_of", "load", "load_language_model", "sites_of", "with_adapter", "adapter_of", "complete", "matched"]
 
 
 def folder_of(model: str | None) -> Path:
@@ -25,6 +25,23 @@ def load(folder: Path, dtype: str = "auto", remat: bool = False) -> tuple[Any, A
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return models.load(folder, dtype=dtype, remat="full" if remat else None)
+
+
+def load_language_model(folder: Path, dtype: str = "auto", remat: bool = False) -> tuple[Any, Any]:
+    """As `load`.
+
+    Raises:
+        ValueError: a model that does not go on with its text token by token.
+    """
+    from jpeft import models
+
+    apply, _ = models.abstract(folder)
+    if apply.task != "CAUSAL_LM":
+        raise ValueError(
+            f"expected a decoder-only language model in {folder}, got {apply.config.model_type!r}: jpeft.models loads "
+            "it, and a loop around jpeft.lift trains it"
+        )
+    return load(folder, dtype, remat)
 
 
 def sites_of(apply, params, length: int = 8):
