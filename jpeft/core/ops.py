@@ -5,7 +5,7 @@ Each is a view of one jaxpr equation, with the same verbs, so that a method is w
     base(x, array)    the equation itself, on a dense array of the leaf's shape
     inputs(x)         x in the order of the matrix form: (*batch, *free, in)         (not for convolutions, lookups)
     map_inputs(x, fn) x after `fn` on that form, in x's own order                    (not for convolutions, lookups)
-    as_inputs(h)      h (*batch, *free, in), with as many free axes, in x's own order (of a single product alone)
+    as_inputs(h)      other inputs h (*batch, *free, in) in x's own order; free axes that h lacks have size one
     contract(x, m)    x with a matrix (*batch, in, k) in place of the leaf            -> (*batch, *free, k)
     mix(h, m)         h (*batch, *free, k) with a matrix (*batch, k, out)             -> (*batch, *free, out)
     mix_blocks(h, m)  h (*batch, *free, n, k) with n of them (*batch, n, k, out)      -> (*batch, *free, n, out)
@@ -169,7 +169,8 @@ class Dot(_Op):
 
     def as_inputs(self, h):
         cx, cw, bx, _ = self._dims
-        lead = h.shape[:-1]
+        lacking = len(bx) + len(self._x_free) + 1 - h.ndim
+        lead = (*h.shape[: len(bx)], *(1,) * lacking, *h.shape[len(bx) : -1])
         parts = [p for axis in cw for p in self.layout.axes[axis] if self.layout.size(p) != 1]
         if parts != sorted(parts):
             h = h.reshape(*lead, *map(self.layout.size, sorted(parts)))
@@ -394,7 +395,7 @@ class Conv(_Op):
 
 @dataclass(frozen=True)
 class Add(_Op):
-    """`add` of a bias: all of the leaf's outputs, once, along axes of x, as are its experts; its other axes of size one."""
+    """`add` of a bias: all of the leaf's outputs, and its experts, once along axes of x; its other axes of size one."""
 
     transposed = False
 

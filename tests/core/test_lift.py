@@ -134,6 +134,32 @@ def test_maps_of_inputs_and_outputs(spec, x, w):
     np.testing.assert_allclose(jpeft.lift(fn)(bound, x), fn(jpeft.merge(bound), x), atol=2e-5)
 
 
+@weight
+class OneRow(Weight):
+    """What the leaf makes of one row of the inputs, for all of them."""
+
+    base: jax.Array
+    axes: str = static()
+
+    def apply(self, op, x):
+        rows, batch = op.inputs(x), self.labels.count("b")
+        row = rows.reshape(*rows.shape[:batch], -1, rows.shape[-1])[..., 0, :]
+        return jnp.broadcast_to(op.base(op.as_inputs(row), self.base), op.base(x, self.base).shape)
+
+
+@pytest.mark.parametrize(("spec", "x", "w"), EINSUMS, ids=[e[0] for e in EINSUMS])
+def test_other_inputs_go_the_way_of_the_equation_s_own(spec, x, w):
+    first = not spec.startswith("io,")
+    x, w = (numbers(*x), numbers(*w)) if first else (numbers(*w), numbers(*x))
+    letters = spec.split("->")[0].split(",")[:: 1 if first else -1]
+    free = tuple(k for k, c in enumerate(letters[0]) if c not in letters[1])
+    x = jnp.broadcast_to(x.mean(free, keepdims=True), x.shape)
+    fn = lambda p, x: jnp.einsum(spec, *((x, p["w"]) if first else (p["w"], x)))
+    axes = next(s.axes for s in jpeft.find_sites(fn, {"w": w}, x))
+    got = jpeft.lift(fn)({"w": OneRow(jnp.asarray(w), axes=axes)}, x)
+    np.testing.assert_allclose(got, fn({"w": w}, x), atol=1e-6)
+
+
 def test_maps_of_a_tied_head():
     fn = lambda p, x: (x @ p["w"].T, x[:, :3] @ p["w"])
     w, x = jnp.asarray(numbers(3, 4)), numbers(2, 4)
