@@ -12,19 +12,17 @@ activations of the frozen layers nor forms their gradients.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jpeft.core.method import Selective
 from jpeft.core.sites import Site, Sites
 from jpeft.core.targets import Targets
 from jpeft.core.weight import Unfrozen, Weight, apply, dense, from_matrix, labels_of, static, to_matrix, weight
+from jpeft.methods._layers import LAYER, check_pattern, last_layers, place, taken
 
 __all__ = ["LastLayers", "Tail"]
 
@@ -58,7 +56,7 @@ class Tail(Weight):
     def along(self, axis, fn, *, drop=False):
         if axis != self._stack:
             return super().along(axis, fn, drop=drop)
-        layers = _concrete(lambda: fn(np.arange(self.shape[axis]), 0))
+        layers = taken(fn, self.shape[axis])
         cut = self.base.shape[axis]
         if layers is not None and layers.max() < cut:
             piece = self.base.along(axis, fn) if isinstance(self.base, Weight) else fn(self.base, axis)
@@ -85,13 +83,6 @@ class Tail(Weight):
         return from_matrix(self.tail, self.labels, tuple(sizes))
 
 
-def _concrete(fn) -> np.ndarray | None:
-    """What `fn` gives, if it depends on nothing that is known only when it is run."""
-    with jax.ensure_compile_time_eval():
-        value = fn()
-    return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
-
-
 @dataclass(frozen=True)
 class LastLayers(Selective):
     """The last layers train in full, and nothing else: no embedding, no final norm, no head. Merging is exact.
@@ -112,7 +103,7 @@ class LastLayers(Selective):
     """
 
     num_layers: int = 1
-    layer_pattern: str = r"(?:^|[/_.])(\d+)(?=/)"
+    layer_pattern: str = LAYER
     targets: Targets = field(default="", kw_only=True)
 
     KINDS = ("dense", "experts", "embedding", "conv", "scale", "bias", "other")
@@ -122,21 +113,14 @@ class LastLayers(Selective):
         super().__post_init__()
         if self.num_layers < 1:
             raise ValueError(f"expected num_layers >= 1, got num_layers={self.num_layers}")
-        if re.compile(self.layer_pattern).groups < 1:
-            raise ValueError(f"expected layer_pattern with a group for the number, got {self.layer_pattern!r}")
+        check_pattern(self.layer_pattern)
 
     def chosen(self, sites: Sites) -> dict[str, Site]:
-        layers: dict[str, set[int]] = {}
-        for stack, number in filter(None, map(self._place, sites)):
-            layers.setdefault(stack, set()).add(number)
-        short = [f"{stack}*: {len(n)} layers" for stack, n in layers.items() if 1 < len(n) < self.num_layers]
-        if short:
-            raise ValueError(f"expected stacks of at least num_layers={self.num_layers} layers, got {', '.join(short)}")
-        last = {
-            (s, n) for s, numbers in layers.items() if len(numbers) > 1 for n in sorted(numbers)[-self.num_layers :]
-        }
+        last = last_layers(sites, self.num_layers, self.layer_pattern)
         chosen = super().chosen(sites)
-        kept = {path: site for path, site in chosen.items() if "s" in site.axes or self._place(site) in last}
+        kept = {
+            path: site for path, site in chosen.items() if "s" in site.axes or last.get(place(site, self.layer_pattern))
+        }
         if not kept:
             raise ValueError(
                 f"none of {', '.join(list(chosen)[:5])}{', ...' if len(chosen) > 5 else ''} is in the last layers: "
@@ -159,11 +143,6 @@ class LastLayers(Selective):
         layers = lambda start, stop: _along(leaf, axis, lambda a, k: lax.slice_in_dim(a, start, stop, axis=k))
         tail = to_matrix(dense(layers(cut, site.shape[axis])), site.axes)
         return Tail(layers(0, cut), tail, axes=axes)
-
-    def _place(self, site: Site) -> tuple[str, int] | None:
-        """The stack and the number of a layer that is a leaf of its own."""
-        found = re.search(self.layer_pattern, site.path)
-        return (site.path[: found.start(1)], int(found[1])) if found and "s" not in site.axes else None
 
 
 def _along(leaf, axis: int, fn):
