@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from peft_prompts import assert_same_as_peft_prompt
+
 import jpeft
 
 KEY = jax.random.key(0)
@@ -29,3 +31,17 @@ def test_nothing_may_be_put_around_a_prompt():
     beneath = jpeft.LoRA(rank=1, targets="embed")
     trainable, _ = start(jpeft.chain(beneath, prompt))
     assert trainable[1]["embed"].rows.shape == (2, 5)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+def test_the_same_numbers_give_what_peft_gives(tmp_path):
+    peft = pytest.importorskip("peft")
+    assert_same_as_peft_prompt(
+        tmp_path,
+        jpeft.PromptTuning(4, init_prompt="normal"),
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        lambda encoder: [encoder.embedding.weight],
+        lambda w: [w.rows],
+        named=lambda w: {"prompt_embeddings": w.rows},
+    )
