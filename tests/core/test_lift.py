@@ -146,6 +146,9 @@ class OneRow(Weight):
         row = rows.reshape(*rows.shape[:batch], -1, rows.shape[-1])[..., 0, :]
         return jnp.broadcast_to(op.base(op.as_inputs(row), self.base), op.base(x, self.base).shape)
 
+    def dense(self):
+        return self.base
+
 
 @pytest.mark.parametrize(("spec", "x", "w"), EINSUMS, ids=[e[0] for e in EINSUMS])
 def test_other_inputs_go_the_way_of_the_equation_s_own(spec, x, w):
