@@ -37,10 +37,13 @@ class Export:
         tied: whether PEFT's adapter of an embedding reaches the head that shares its weight, as ours does.
         shared: as one entry of `tensors`, for arrays that the method keeps once: `{whole tensor name: (name,
             letters)}`.
+        whole: in place of `tensors`, for what PEFT keeps apart from the modules: `{tensor: fields}`. One field of one
+            leaf is the tensor; of several, all leaves' and layers' lie side by side behind their common first axis.
+        reads: other peft_types whose files hold the same.
     """
 
     peft_type: str
-    tensors: Mapping[str, Mapping[str, tuple[str, str]]]
+    tensors: Mapping[str, Mapping[str, tuple[str, str]]] = field(default_factory=dict)
     config: Mapping[str, str | tuple[str, Any]] = field(default_factory=dict)
     patterns: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     modules: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
@@ -48,4 +51,6 @@ class Export:
     neutral: Mapping[str, tuple] = field(default_factory=dict)
     required: Mapping[str, Any] = field(default_factory=dict)
     shared: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    whole: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    reads: tuple[str, ...] = ()
     tied: bool = False

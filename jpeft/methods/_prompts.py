@@ -23,7 +23,15 @@ from jpeft.core.sites import Site, Sites
 from jpeft.core.targets import Targets
 from jpeft.core.weight import Weight, apply, dense, matrix_sizes, static, to_matrix, weight
 
-__all__ = ["Prompt", "Prompted", "lookup"]
+__all__ = ["SIZES", "STARTS", "Prompt", "Prompted", "lookup"]
+
+# Options of HF PEFT's that repeat what the model says, and that say how a prompt started.
+SIZES: dict[str, tuple] = {name: () for name in ("token_dim", "num_layers", "num_attention_heads")}
+SIZES["num_transformer_submodules"] = (1,)
+STARTS: dict[str, tuple] = {f"tokenizer_{name}": () for name in ("kwargs", "name_or_path")}
+STARTS["prompt_tuning_init_text"] = ()
+STARTS["prompt_tuning_init"] = (None, "TEXT", "SAMPLE_VOCAB")
+STARTS["prompt_tuning_init"] += ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
 
 
 class Prompted(Weight):

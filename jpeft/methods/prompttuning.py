@@ -13,10 +13,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jpeft.core.export import Export
 from jpeft.core.sites import Site
-from jpeft.methods._prompts import Prompt, _StartingRows
+from jpeft.methods._prompts import SIZES, STARTS, Prompt, _StartingRows
 
 __all__ = ["PromptTuning"]
+
+_ENCODER = ("reparameterization_type", "hidden_size", "num_layers", "dropout")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,14 @@ class PromptTuning(_StartingRows):
     """
 
     SMALL = {"num_tokens": 3}
+    EXPORT = Export(
+        peft_type="PROMPT_TUNING",
+        whole={"prompt_embeddings": ("rows",)},
+        config={"num_virtual_tokens": "num_tokens"},
+        fixed={"prompt_tuning_init": "RANDOM"},
+        neutral=SIZES | STARTS | {f"encoder_{name}": () for name in _ENCODER},
+        reads=("P_TUNING",),  # PEFT keeps the finished rows of an encoder
+    )
 
     def wrap(self, key, leaf, site: Site) -> Prompt:
         return Prompt(leaf, self.starting_rows(key, leaf, site), axes=site.axes.lstrip("s"))

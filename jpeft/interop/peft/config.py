@@ -48,9 +48,9 @@ def choose(config: Mapping[str, Any], methods: Mapping[str, type[Method]]) -> tu
     """
     exports = [(kind, export) for kind in methods.values() if (export := vars(kind).get("EXPORT")) is not None]
     name = config.get("peft_type")
-    of_type = [(kind, export) for kind, export in exports if export.peft_type == name]
+    of_type = [(kind, export) for kind, export in exports if name in (export.peft_type, *export.reads)]
     if not of_type:
-        known = sorted({export.peft_type for _, export in exports})
+        known = sorted({name for _, export in exports for name in (export.peft_type, *export.reads)})
         raise ValueError(f"the adapter is of peft_type {name!r}; this jpeft reads {', '.join(known)}")
     fits = lambda e, k, v: _same(config.get(k), v) or config.get(k) in e.neutral.get(k, ())
     different = lambda e: {k: v for k, v in e.fixed.items() if not fits(e, k, v)}

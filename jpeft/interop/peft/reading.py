@@ -19,6 +19,7 @@ from jpeft.core.sites import Site, Sites
 from jpeft.core.tree import leaves_with_paths, map_with_paths
 from jpeft.core.weight import Unfrozen, Weight
 from jpeft.interop.files import Stored, header, raise_together
+from jpeft.interop.peft import prompts
 from jpeft.interop.peft.config import TENSORS, choose, exactly, listed, options_of, read_config
 from jpeft.interop.peft.modules import match, module_name, parameter
 from jpeft.interop.peft.rows import ROOT, Row, adapted, layers_of, rows_of, site_of, whole_array, whole_row
@@ -44,6 +45,9 @@ def load(path: str | Path, params, sites: Sites) -> tuple[Method, Any, Any]:
     folder = Path(path)
     config = read_config(folder)
     kind, export = choose(config, methods())
+    if export.whole:
+        method = kind(**options_of(kind, export, config, {}))
+        return method, *prompts.read(_file(folder), method, export, params, sites)
     stored = header(_file(folder))
     found = _matched(stored, export, config, sites)
     what = f"the tensors in {folder} are not those of a {export.peft_type} adapter for these params"

@@ -9,11 +9,13 @@ from typing import Any
 
 import jax
 
+from jpeft.core.export import Export
 from jpeft.core.method import Chain, Method, Tied
 from jpeft.core.sites import Sites
 from jpeft.core.tree import leaves_with_paths, path_string
 from jpeft.core.weight import Weight, labels_of, matrix_sizes
 from jpeft.interop.files import raise_together, renamed_when_complete, write_json, write_tensors
+from jpeft.interop.peft import prompts
 from jpeft.interop.peft.config import CONFIG, TENSORS, values_of
 from jpeft.interop.peft.modules import minimal, module_name
 from jpeft.interop.peft.rows import adapted, is_whole, layers_of, rows_of, site_of
@@ -72,6 +74,9 @@ def save(
     method, trainable, frozen = _exported(method, trainable, frozen)
     export = _export_of(method)
     bound = method.bind(trainable, jax.tree.map(lambda _: None, trainable) if frozen is None else frozen)
+    if export.whole:
+        _save_whole(path, method, bound, export, base, sites, task_type)
+        return
     leaves = adapted(bound, export)
     name = str(base) if isinstance(base, str | os.PathLike) else ""
     if base is not None and not name:
@@ -104,6 +109,21 @@ def save(
         },
     }
     tensors = {row.key: row.tensor(leaves) for row in rows}
+    with renamed_when_complete(path, overwrite=True) as folder:
+        write_json(folder / CONFIG, config)
+        write_tensors(folder / TENSORS, tensors)
+
+
+def _save_whole(path: Path, method: Method, bound, export: Export, base, sites: Sites | None, task_type) -> None:
+    tensors = prompts.tensors_of(bound, export, sites)
+    config = {
+        "peft_type": export.peft_type,
+        "base_model_name_or_path": str(base) if isinstance(base, str | os.PathLike) else "",
+        "task_type": task_type,
+        "inference_mode": True,
+        **values_of(method, export, {}),
+        **prompts.sizes_of(tensors, bound, export),
+    }
     with renamed_when_complete(path, overwrite=True) as folder:
         write_json(folder / CONFIG, config)
         write_tensors(folder / TENSORS, tensors)
