@@ -11,7 +11,7 @@ import re
 import types
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -120,7 +120,7 @@ def _kind(x) -> tuple:
 
 @dataclass(frozen=True)
 class _Noted:
-    """An array on its way to an attention call, and what Weights that made it leave for that call."""
+    """An array on its way through the function, and what Weights that made it leave for the uses that it reaches."""
 
     array: Any
     notes: tuple[Any, ...]
@@ -185,6 +185,7 @@ class _Interpreter:
     def operation(self, eqn, operands, notes: tuple) -> list:
         try:
             op, x, view = _OPS[eqn.primitive.name](eqn, operands)
+            op = replace(op, operand=x, reached=notes)
             out = view.weight.added(op, x) if isinstance(op, ops.Add) else view.weight.apply(op, x)
             notes = view.weight.notes(op, notes)
             reason = ""
@@ -202,7 +203,8 @@ class _Interpreter:
         for note in notes:
             if hasattr(note, "attend"):
                 call = note.attend(call)
-        return [call.out, call.lse]
+        further = tuple(note for note in notes if getattr(note, "beyond_attention", False))
+        return [_noted(call.out, further), call.lse]
 
     def settle(self, value, eqn=None, reason: str = ""):
         """A value as an array: a vector, or a matrix that the caller allowed, becomes dense; others are refused."""

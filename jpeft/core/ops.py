@@ -13,6 +13,9 @@ Each is a view of one jaxpr equation, with the same verbs, so that a method is w
     map_outputs(y,fn) the equation's result after `fn` on its (*batch, *free, out)
     spread(v)         a vector for each output (or input), (*batch, n), so that it broadcasts to (*batch, *free, n)
 
+    operand           x as the model made it, whatever outer Weights made of it since
+    reached           the notes that it brought (see `Weight.notes`)
+
 `transposed` says that the equation contracts the leaf's output axes (a tied head): then `in` and `out` change places.
 An equation that does not contract all inputs or all outputs of the leaf raises `NotAnOp`.
 """
@@ -42,6 +45,8 @@ class _Op:
     dtype: Any  # of the weight operand in the equation
     params: dict = field(hash=False)
     x_ndim: int = 2
+    operand: Any = field(default=None, compare=False, repr=False)
+    reached: tuple = field(default=(), compare=False, repr=False)
 
     def _side(self, contracted: set[int]) -> bool:
         """Whether the contracted base axes are the outputs (True) or the inputs (False)."""

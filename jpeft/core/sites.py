@@ -36,6 +36,7 @@ class Site:
         head: whether it maps to a vocabulary (as many outputs as an embedding has rows).
         line: where in the model's code.
         channels: of a convolution, the axis of its input channels, counted from the last (-2 in HWIO, -3 in OIHW).
+        inputs_from: paths of the parameters whose products make its inputs, with no product but attention in between.
     """
 
     path: str
@@ -48,6 +49,7 @@ class Site:
     head: bool = False
     line: str = ""
     channels: int | None = None
+    inputs_from: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,9 @@ class _Leaf:
         return "".join(letters)
 
 
+_PRODUCTS = ("dense", "experts", "conv")
+
+
 @dataclass(frozen=True)
 class _Made:
     """A value and the kernels that made it: the last on every way to it."""
@@ -204,10 +209,14 @@ class _Tracer:
     def __init__(self):
         self.found: dict[tuple[str, str, str], Site] = {}
         self.last: dict[str, None] = {}  # paths in the order of their last use
+        self.fed: dict[str, frozenset[str]] = {}  # what makes the inputs of a path's products
         self.devices = 1  # that run the same equation, inside a shard_map
 
     def sites(self) -> list[Site]:
-        return list(self.found.values())
+        of = lambda path: tuple(
+            p for p in dict.fromkeys(path for path, *_ in self.found) if p in self.fed.get(path, ())
+        )
+        return [replace(s, inputs_from=of(s.path)) if s.kind in _PRODUCTS else s for s in self.found.values()]
 
     def record(self, leaf: _Leaf, kind: str, axes: str | None, times: int, flops: int, eqn, channels=None) -> None:
         axes = axes if axes is not None else "?" * len(leaf.shape)
@@ -237,7 +246,7 @@ class _Tracer:
         name, made = eqn.primitive.name, _made_of(operands)
         if eqn.params.get("name") == MARKER:
             self.attention(eqn, operands, times)
-            return []
+            return [made, None]
         if name in _CALLS:
             return _CALLS[name](self, eqn, operands, times)
         leaves = [_leaf(v) for v in operands]
@@ -245,7 +254,9 @@ class _Tracer:
             return [made] * len(eqn.outvars)
         outs = self.use(eqn, leaves, times) or [None] * len(eqn.outvars)
         if name in _USES:
-            made = _Made(frozenset(leaf.path for leaf in leaves if leaf is not None))
+            paths = frozenset(leaf.path for leaf in leaves if leaf is not None)
+            self.fed |= {path: self.fed.get(path, frozenset()) | made.by for path in paths if made is not None}
+            made = _Made(paths)
         return [made if out is None else out for out in outs]
 
     def attention(self, eqn, operands, times) -> None:

@@ -96,7 +96,8 @@ class Weight:
         """What the next attention call is to know of this leaf's output, given what the input brought (`reached`).
 
         A note is a pytree. One that has `attend(call) -> call` (see `attention.Call`) acts on the call; the others are
-        there for it to read. Default: what it holds says; a plain array passes on what came.
+        there for it to read, and for the Weights on the way (`op.reached`). No note travels past the call but one whose
+        class says `beyond_attention = True`. Default: what it holds says; a plain array passes on what came.
         """
         return self.base.notes(op, reached) if isinstance(self.base, Weight) else reached
 

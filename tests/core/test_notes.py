@@ -1,5 +1,6 @@
 """Weights that act after a product: where a bias is added, and at the attention call that the product reaches."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -172,6 +173,80 @@ def test_a_sink_of_zero_value_shrinks_what_attention_puts_out(kind):
 
 def is_sink(x):
     return isinstance(x, Sink)
+
+
+# ---- at a later product ----
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Heard:
+    """What a kernel was multiplied with."""
+
+    value: Any
+
+    beyond_attention = True
+
+
+@weight
+class Telling(Weight):
+    """A kernel that tells what it was multiplied with."""
+
+    base: Any
+    axes: str = static()
+
+    def apply(self, op, x):
+        return apply(op, x, self.base)
+
+    def notes(self, op, reached):
+        return (*super().notes(op, reached), Heard(op.inputs(op.operand)))
+
+
+@weight
+class Hearing(Weight):
+    """A kernel, or its bias, that adds the sum of what it hears."""
+
+    base: Any
+    axes: str = static()
+
+    def apply(self, op, x):
+        return self.more(op, apply(op, x, self.base))
+
+    def added(self, op, x):
+        return self.more(op, op.base(x, dense(self.base)))
+
+    def more(self, op, y):
+        return op.map_outputs(y, lambda y: y + sum(jnp.sum(note.value, -1, keepdims=True) for note in op.reached))
+
+    def notes(self, op, reached):
+        return ()
+
+
+def sublayers(p, x):
+    """Attention and feed-forward, and what the latter is applied to; a remat stands between the latter's kernels."""
+    query, key, value = ((x @ p[name]).reshape(*x.shape[:-1], 2, 4) for name in ("query", "key", "value"))
+    x = x + (jpeft.attention(query, key, value).reshape(x.shape) @ p["out"] + p["out_bias"])
+    h = jax.checkpoint(lambda h: jnp.sin(jax.nn.gelu(h)))(x @ p["up"])
+    return x + (h @ p["down"] + p["down_bias"]), x
+
+
+@pytest.mark.parametrize("around", [False, True], ids=["alone", "under LoRA"])
+@pytest.mark.parametrize("suffix", ["", "_bias"], ids=["kernel", "bias"])
+@pytest.mark.parametrize(("first", "second"), [("query", "out"), ("up", "down")], ids=["attention", "feed-forward"])
+def test_what_a_product_was_of_is_known_where_the_sublayer_ends(first, second, suffix, around):
+    rng = np.random.default_rng(0)
+    shapes = {name: (8, 8) for name in ("query", "key", "value", "out")} | {"up": (8, 9), "down": (9, 8)}
+    shapes |= {"out_bias": (8,), "down_bias": (8,)}
+    params = {name: 0.3 * rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    x = rng.normal(size=(2, 5, 8)).astype(np.float32)
+    ending = lambda w: Hearing(w, axes="o" if suffix else "io")
+    bound = changed(params, {first: lambda w: Telling(w, axes="io"), second + suffix: ending})
+    if around:
+        lora = jpeft.LoRA(rank=2, targets=[f"^{first}$", f"^{second}$"])
+        bound = lora.bind(*lora.init(jax.random.key(1), bound, jpeft.find_sites(sublayers, params, x)))
+    heard = x if second == "out" else sublayers(params, x)[1]
+    shifted = params | {f"{second}_bias": params[f"{second}_bias"] + heard.sum(-1, keepdims=True)}
+    np.testing.assert_allclose(jax.jit(jpeft.lift(sublayers))(bound, x)[0], sublayers(shifted, x)[0], atol=2e-5)
 
 
 class Attending(nn.Module):

@@ -310,3 +310,29 @@ def test_errors():
         jpeft.find_sites(lambda p, x: x, {"a": {"w": shape(3)}, "b": shape(2)}, shape(3))
     with pytest.raises(KeyError, match="no site 'v'; the sites are w"):
         jpeft.find_sites(lambda p: 2 * p["w"] @ p["w"].T, {"w": shape(2, 3)})["v"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "expected"),
+    [
+        ("linen-scanned", "layers/down/kernel", ["layers/up/kernel"]),
+        ("linen-unrolled", "layer_1/down/kernel", ["layer_1/up/kernel"]),
+        (
+            "linen-scanned",
+            "layers/attention/out/kernel",
+            [f"layers/attention/{n}/kernel" for n in ("query", "key", "value")],
+        ),
+        ("nnx", "layers/attention/query/kernel", []),
+        ("plain", "expert", ["gate"]),
+        ("plain", "out", ["fused"]),
+        ("plain", "gate", ["embed", "conv", "out", "back"]),
+    ],
+)
+def test_a_product_names_the_parameters_whose_products_make_its_inputs(kind, path, expected):
+    assert list(make_model(kind).sites[path].inputs_from) == expected
+
+
+def test_a_gated_layer_has_two():
+    gated = lambda p, x: (jax.nn.silu(x @ p["gate"]) * (x @ p["up"])) @ p["down"]
+    params = {"gate": jnp.ones((4, 6)), "up": jnp.ones((4, 6)), "down": jnp.ones((6, 4))}
+    assert jpeft.find_sites(gated, params, jnp.ones((2, 4)))["down"].inputs_from == ("gate", "up")
