@@ -5,10 +5,11 @@ import pkgutil
 
 from jpeft.core.attention import attention
 from jpeft.core.calibrate import calibrate
+from jpeft.core.chain import chain
 from jpeft.core.count import count
 from jpeft.core.doors import from_linen, from_nnx
 from jpeft.core.lift import DensifyError, lift
-from jpeft.core.method import Method, chain, labels, merge, trainable_mask
+from jpeft.core.method import Method, labels, merge, trainable_mask
 from jpeft.core.prompts import VIRTUAL, prompted
 from jpeft.core.sites import Site, Sites, find_sites
 from jpeft.core.tree import combine, partition

@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jpeft.core.chain import Chain
 from jpeft.core.lift import lift
-from jpeft.core.method import Chain
 from jpeft.core.ops import Dot
 from jpeft.core.sites import Site, Sites
 from jpeft.core.tree import leaves_with_paths, map_with_paths

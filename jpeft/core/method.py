@@ -23,7 +23,7 @@ from jpeft.core.targets import Targets, select
 from jpeft.core.tree import combine, key_for_path, leaves_with_paths, map_with_paths, partition, path_string
 from jpeft.core.weight import Unfrozen, Weight
 
-__all__ = ["Method", "Selective", "Chain", "chain", "merge", "trainable_mask", "labels"]
+__all__ = ["Method", "Selective", "merge", "trainable_mask", "labels"]
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Method:
         whole = select(sites, self.modules_to_save, _ANY_KIND) if self.modules_to_save else {}
         _check_paths({**chosen, **whole}, params)
         _check_wraps(type(self).__name__, {**chosen, **whole}, params)
-        given = self._calibration_of(chosen, _with_weights(self, calibration, params))
+        given = self._calibration_of(chosen, with_weights(self, calibration, params))
         nothing = Saved() if any(isinstance(found, Saved) for found in given.values()) else None
 
         def place(path, leaf):
@@ -180,7 +180,7 @@ class Method:
     def bind(self, trainable, frozen, key: jax.Array | None = None) -> Any:
         """The tree with Weights in it. A key switches on what is random in training (dropout)."""
         bound = untied(combine(trainable, frozen))
-        return bound if key is None else _randomized(bound, key)
+        return bound if key is None else randomized(bound, key)
 
     def observe(self, state, seen: jax.Array, site: Site) -> Any:
         """What `calibrate` keeps of a site after one more batch; `state` is None at first."""
@@ -287,7 +287,7 @@ def _check_trains(name: str, bound, mask) -> None:
         )
 
 
-def _with_weights(method, calibration, params):
+def with_weights(method, calibration, params):
     """The calibration of a method that observes the weights: they are at hand, so nobody need call `calibrate`."""
     if method.OBSERVES != "weights":
         return calibration
@@ -315,148 +315,10 @@ def full_mask(leaf):
     return mask.replace(base=jax.tree.map(operator.or_, mask.base, full_mask(leaf.base)))
 
 
-def _randomized(bound, key):
+def randomized(bound, key):
+    """The tree with what is random in training switched on."""
     switch = lambda path, w: w.randomized(key_for_path(key, path)) if isinstance(w, Weight) else w
     return map_with_paths(switch, bound)
-
-
-@jax.tree_util.register_static
-@dataclass(frozen=True)
-class _From:
-    """In a chain: the place of an array that the tree bound so far supplies."""
-
-    index: int
-
-
-def _is_none(x) -> bool:
-    return x is None
-
-
-@dataclass(frozen=True)
-class Chain:
-    """Methods applied one after the other, each to the tree that the former ones bound. Made by `chain`."""
-
-    methods: tuple[Any, ...]
-
-    @property
-    def NO_OP_AT_START(self) -> bool:  # noqa: N802  the same data as on a method's class
-        return all(m.NO_OP_AT_START for m in self.methods)
-
-    @property
-    def prompt_length(self) -> int:
-        """The virtual tokens of the method that has them."""
-        return self._prompting.prompt_length if self._prompting else 0
-
-    @property
-    def num_prompts(self) -> int:
-        """The prompts of the method that has them."""
-        return self._prompting.num_prompts if self._prompting else 1
-
-    @property
-    def position_shift(self) -> int:
-        """The positions of all prefixes together."""
-        return sum(m.position_shift for m in self.methods)
-
-    @property
-    def _prompting(self) -> Any:
-        return next((m for m in self.methods if m.prompt_length), None)
-
-    def init(self, key, params, sites: Sites, calibration=None):
-        """`((trainable, ...), (frozen, ...))`, one entry a method; every array in exactly one of them.
-
-        `calibration` is a tuple with one entry a method, as `calibrate` makes it for a chain.
-        """
-        trainables, frozens = [], []
-        bound = params
-        calibration = (None,) * len(self.methods) if calibration is None else calibration
-        if len(calibration) != len(self.methods):
-            raise ValueError(f"expected {len(self.methods)} calibrations, one a method, got {len(calibration)}")
-        for n, method in enumerate(self.methods):
-            given = _with_weights(method, calibration[n], params)
-            trainable, frozen = method.init(jax.random.fold_in(key, n), bound, sites, given)
-            if n:
-                supplied = {id(x): k for k, x in enumerate(jax.tree.leaves(bound, is_leaf=_is_none)) if x is not None}
-                kept = {id(x) for x in jax.tree.leaves(frozen)}
-                here = {id(x) for x in jax.tree.leaves(trainable)}
-                # What this method neither holds frozen nor leaves in place is now its own, or gone.
-                drop = lambda x, supplied=supplied, kept=kept: None if id(x) in supplied and id(x) not in kept else x
-                lost = [x for x in jax.tree.leaves(trainables) if drop(x) is None and id(x) not in here]
-                if lost:
-                    raise ValueError(
-                        f"{method} replaces what an earlier method of the chain trains; put it before that method"
-                    )
-                trainables = [jax.tree.map(drop, t) for t in trainables]
-                frozens = [jax.tree.map(drop, f) for f in frozens]
-                refer = lambda x, supplied=supplied: _From(supplied[id(x)]) if id(x) in supplied else x
-                bound = method.bind(trainable, frozen)
-                frozen = jax.tree.map(refer, frozen)
-            else:
-                bound = method.bind(trainable, frozen)
-            trainables.append(trainable)
-            frozens.append(frozen)
-        return tuple(trainables), tuple(frozens)
-
-    def bind(self, trainable, frozen, key=None):
-        """The tree with all the chain's Weights in it, one inside the other."""
-        bound = None
-        for n, method in enumerate(self.methods):
-            own = frozen[n]
-            if n:
-                supplied = jax.tree.leaves(bound, is_leaf=_is_none)
-                fill = lambda x, supplied=supplied: supplied[x.index] if isinstance(x, _From) else x
-                own = jax.tree.map(fill, own, is_leaf=lambda x: isinstance(x, _From))
-            bound = method.bind(trainable[n], own)
-        return bound if key is None else _randomized(bound, key)
-
-    def trained(self, trainable, frozen=None) -> tuple[Method, Any, Any]:
-        """`(method, trainable, frozen)` of the one method that trains, without what the others supply to it.
-
-        Raises:
-            ValueError: none trains, or several do.
-        """
-        which = [n for n, half in enumerate(trainable) if jax.tree.leaves(half)]
-        if len(which) != 1:
-            kinds = ", ".join(type(method).__name__ for method in self.methods)
-            raise ValueError(f"expected a chain of which one method trains, got {len(which)} that do among {kinds}")
-        n, is_place = which[0], lambda x: isinstance(x, _From)
-        own = (
-            None if frozen is None else jax.tree.map(lambda x: None if is_place(x) else x, frozen[n], is_leaf=is_place)
-        )
-        return self.methods[n], trainable[n], own
-
-    def for_steps(self, steps: int) -> Chain:
-        """The chain of each method for so many steps."""
-        return Chain(tuple(method.for_steps(steps) for method in self.methods))
-
-    def after_training(self, trainable, frozen):
-        """What is worth keeping of each method."""
-        each = zip(self.methods, trainable, frozen, strict=True)
-        methods, *halves = zip(*(method.after_training(t, f) for method, t, f in each), strict=True)
-        return Chain(methods), *halves
-
-    def optimizer(self, tx):
-        """Every method's transformation around the former ones'."""
-        for method in self.methods:
-            tx = method.optimizer(tx)
-        return tx
-
-    def penalty(self, trainable):
-        """The sum of the methods' penalties, each on its own trainable tree."""
-        return sum(method.penalty(t) for method, t in zip(self.methods, trainable, strict=True))
-
-
-def chain(*methods) -> Any:
-    """Methods one after the other: `chain(NF4(), LoRA())` quantizes, then adapts the quantized weights.
-
-    Its trainable tree is `(first's, second's, ...)`. One method alone is returned as it is.
-
-    Raises:
-        ValueError: no methods.
-    """
-    if not methods:
-        raise ValueError("expected at least one method, got chain()")
-    flat = [inner for m in methods for inner in (m.methods if isinstance(m, Chain) else (m,))]
-    return flat[0] if len(flat) == 1 else Chain(tuple(flat))
 
 
 def merge(bound) -> Any:

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.flax import load_file, save_file
 
-from jpeft.core.method import Chain, Saved, Tied, chain
+from jpeft.core.chain import Chain, chain
+from jpeft.core.method import Saved, Tied
 from jpeft.core.tree import leaves_with_paths, path_string
 from jpeft.core.weight import Weight
 

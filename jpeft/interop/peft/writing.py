@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 
+from jpeft.core.chain import Chain
 from jpeft.core.export import Export
-from jpeft.core.method import Chain, Method, Tied
+from jpeft.core.method import Method, Tied
 from jpeft.core.sites import Sites
 from jpeft.core.tree import leaves_with_paths, path_string
 from jpeft.core.weight import Weight, labels_of, matrix_sizes
