@@ -534,6 +534,12 @@ def site(path, axes="io", kind="dense", shape=(), head=False):
             ["decoder/layers/q/kernel", "encoder/layers/k/kernel"],
             "model.encoder.layers.{}.q",
         ),
+        (
+            "encoder/block/layer/0/SelfAttention/q/kernel",
+            "sio",
+            ["encoder/block/layer/1/DenseReluDense/wi/kernel"],
+            "model.encoder.block.{}.layer.0.SelfAttention.q",
+        ),
         ("layers/0/q/kernel", "io", ["layers/1/q/kernel"], "model.layers.0.q"),
         ("layer_0/q/kernel", "io", [], "model.layer_0.q"),
     ],

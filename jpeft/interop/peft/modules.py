@@ -51,7 +51,10 @@ def _stack_depth(parts: list[str], sites: Sites) -> int:
         if all("s" in s.axes for s in below):
             modules = {tuple(_module(s.path)) for s in below}
             columns = [len(set(column)) == 1 for column in zip(*modules, strict=False)]
-            return depth if len(modules) == 1 else max(depth, [*columns, False].index(False))
+            if len(modules) > 1:
+                depth = max(depth, [*columns, False].index(False))
+            # T5's `block/layer/0`: a list that has a number of its own is inside the layer.
+            return depth - 1 if 1 < depth < len(parts) and parts[depth].isdigit() else depth
     return len(parts) - 1
 
 
