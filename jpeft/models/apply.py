@@ -15,10 +15,11 @@ from jpeft.models.bert import BertApply, RobertaApply
 from jpeft.models.decoder import DecoderApply
 from jpeft.models.family import Apply
 from jpeft.models.gpt2 import GPT2Apply
+from jpeft.models.t5 import T5Apply
 
 __all__ = ["FAMILIES", "abstract", "init", "init_cache", "load", "save"]
 
-FAMILIES: tuple[type[Apply], ...] = (DecoderApply, GPT2Apply, BertApply, RobertaApply)
+FAMILIES: tuple[type[Apply], ...] = (DecoderApply, GPT2Apply, BertApply, RobertaApply, T5Apply)
 
 
 def read_config(source: dict | str | Path) -> dict[str, Any]:
