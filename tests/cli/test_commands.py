@@ -178,7 +178,14 @@ def test_methods_by_name(arguments, wanted):
 
 
 ACTING = {
+    "prompt": ["--set", "num_tokens=3"],
+    "ptuning": ["--set", "num_tokens=3", "--set", "encoder_hidden_size=8"],
+    "prefix": ["--set", "num_tokens=3", "--set", "encoder_hidden_size=8"],
+    "multitask": ["--set", "num_tokens=3", "--set", "num_tasks=2"],
+    "llama-adapter": ["--set", "num_tokens=3", "--set", "num_layers=1"],
+    "houlsby": ["--set", "bottleneck=4"],
     "qlora": ["--rank", 2, "--set", "NF4.targets=mlp", "--set", "NF4.block_size=8"],
+    "nf4+prefix": ["--set", "num_tokens=3", "--set", "NF4.targets=mlp", "--set", "NF4.block_size=8"],
 }
 
 
