@@ -94,12 +94,12 @@ class TwoLayers(Acting):
         """The inverse direction."""
         raise TypeError(f"{type(self).__name__} defines no up_from")
 
-    def source(self, op, y) -> jax.Array:
+    def read(self, op, y) -> jax.Array:
         """What the adapter reads. Default: the layer's outputs."""
         return y
 
     def update(self, op, y):
-        h = self.down_from(op, _normed(op, self.source(op, y), self.before))
+        h = self.down_from(op, _normed(op, self.read(op, y), self.before))
         h = _normed(op, self.up_from(op, activation_of(self.activation)(h)), self.after)  # type: ignore[misc]
         return h * jnp.asarray(self.scale, h.dtype)
 
