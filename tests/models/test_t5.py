@@ -34,11 +34,11 @@ VERSIONS = {
     "v1.0": BASE | {"num_decoder_layers": 2},
     "v1.1": BASE | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "layer_norm_epsilon": 1e-5},
 }
-parity = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]  # their warnings, not ours
 
 
-def marked(function):
-    return functools.reduce(lambda f, mark: mark(f), parity, function)
+def against_transformers(test):
+    """Marks a test that runs `transformers`, whose warnings are not ours."""
+    return pytest.mark.parity(pytest.mark.filterwarnings("ignore")(test))
 
 
 @functools.cache
@@ -167,7 +167,7 @@ def random_torch_model(transformers, version):
     return model
 
 
-@marked
+@against_transformers
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_folder_of_transformers_gives_the_same_logits_here(transformers, version, tmp_path):
     theirs = random_torch_model(transformers, version)
@@ -181,7 +181,7 @@ def test_a_folder_of_transformers_gives_the_same_logits_here(transformers, versi
     assert np.abs(padded[0] - expected[0]).max() < 1e-5 < np.abs(padded[1] - expected[1]).max()
 
 
-@marked
+@against_transformers
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_folder_of_ours_gives_the_same_logits_there(transformers, version, tmp_path):
     apply, params = model(version)
@@ -193,7 +193,7 @@ def test_a_folder_of_ours_gives_the_same_logits_there(transformers, version, tmp
     np.testing.assert_allclose(torch_logits(theirs), apply(params, SOURCE, TARGET), **EXACT)
 
 
-@marked
+@against_transformers
 @pytest.mark.parametrize("buckets, distance", [(32, 128), (8, 14), (4, 3), (7, 40), (64, 256)])
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_buckets_are_those_of_transformers(transformers, buckets, distance, bidirectional):
@@ -206,7 +206,7 @@ def test_buckets_are_those_of_transformers(transformers, buckets, distance, bidi
     np.testing.assert_array_equal(ours, theirs.numpy())
 
 
-@marked
+@against_transformers
 @pytest.mark.parametrize("version", VERSIONS)
 def test_greedy_generation_is_that_of_transformers(transformers, version, tmp_path):
     import torch
@@ -425,7 +425,7 @@ def test_presets_find_the_sites_that_they_mean():
     assert [site.path for site in sites if site.head] == ["lm_head/kernel"]
 
 
-@marked
+@against_transformers
 def test_an_adapter_goes_from_peft_to_here_and_back(transformers, tmp_path):
     import torch
 
@@ -467,14 +467,15 @@ def adapted(version):
     )
 
 
-def test_lifted_lora_equals_the_merged_weights(t5):
-    apply, method, trainable, frozen = adapted("v1.0" if t5 is model("v1.0") else "v1.1")
+@pytest.mark.parametrize("version", VERSIONS)
+def test_lifted_lora_equals_the_merged_weights(version):
+    apply, method, trainable, frozen = adapted(version)
     bound = method.bind(trainable, frozen)
     merged = jpeft.merge(bound)
     inputs = dict(segment_ids=PADDED)
     lifted = jpeft.lift(apply)(bound, SOURCE, TARGET, **inputs)
     np.testing.assert_allclose(lifted, apply(merged, SOURCE, TARGET, **inputs), **CLOSE)
-    assert np.abs(lifted - apply(t5[1], SOURCE, TARGET, **inputs)).max() > 1e-2
+    assert np.abs(lifted - apply(model(version)[1], SOURCE, TARGET, **inputs)).max() > 1e-2
     gradients = jax.jit(jax.grad(lambda t: jpeft.lift(apply)(method.bind(t, frozen), SOURCE, TARGET).var()))(trainable)
     assert all(np.isfinite(g).all() and np.any(g != 0) for g in jax.tree.leaves(gradients))
 
