@@ -151,24 +151,19 @@ class Bottleneck(TwoLayers):
 
 
 @dataclass(frozen=True)
-class _BottleneckMethod(Method):
-    """What the adapter methods have in common.
+class _AdapterMethod(Method):
+    """What the adapter methods have in common, whatever their layers are made of.
 
     Fields:
         bottleneck: the adapter's inner size m; d / reduction where None.
         reduction: d / m.
         activation: a name of `jax.nn`, or "gelu" (exact), "gelu_new" (its approximation), "leakyrelu".
-        init_weights: how kernels start, in the words of the `adapters` package: "houlsby" (both truncated normal),
-            "bert" (both normal), "mam_adapter" (down uniform in ±1/√d, up zero). Biases start at zero.
-        init_std: of the first two.
         ln_before, ln_after: a new LayerNorm at the adapter's input; at its output, in front of the sum with y.
     """
 
     bottleneck: int | None = None
     reduction: int = 16
     activation: str = "relu"
-    init_weights: Literal["houlsby", "bert", "mam_adapter"] = "bert"
-    init_std: float = 0.02
     ln_before: bool = False
     ln_after: bool = False
 
@@ -176,22 +171,17 @@ class _BottleneckMethod(Method):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("bottleneck", "reduction"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"expected a whole {name} >= 1, got {name}={value}")
-        if self.init_weights not in ("houlsby", "bert", "mam_adapter"):
-            raise ValueError(f"expected init_weights 'houlsby', 'bert' or 'mam_adapter', got {self.init_weights!r}")
-        if self.init_std <= 0:
-            raise ValueError(f"expected init_std > 0, got init_std={self.init_std}")
+        self._at_least_one("reduction", *(["bottleneck"] if self.bottleneck is not None else []))
         if activation_of(self.activation) is None:
             raise ValueError(
                 f"expected activation as a name of jax.nn, or one of {', '.join(ACTIVATIONS)}, got {self.activation!r}"
             )
 
-    @property
-    def NO_OP_AT_START(self) -> bool:  # type: ignore[override]  # noqa: N802
-        return self.init_weights == "mam_adapter"
+    def _at_least_one(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"expected a whole {name} >= 1, got {name}={value}")
 
     def matched(self, sites: Sites) -> dict[str, Site]:
         return ends(sites, self.targets, self.KINDS)
@@ -206,6 +196,36 @@ class _BottleneckMethod(Method):
             return f"its {width} outputs are not divisible by reduction={self.reduction}; write bottleneck=..."
         return None
 
+    def norms(self, lead, n_in: int, n_out: int, dtype) -> dict[str, Any]:
+        """The fields `before` and `after` at the start."""
+        norm = lambda n: jnp.stack([jnp.ones((*lead, n), dtype), jnp.zeros((*lead, n), dtype)], -2)
+        return {"before": norm(n_in) if self.ln_before else None, "after": norm(n_out) if self.ln_after else None}
+
+
+@dataclass(frozen=True)
+class _BottleneckMethod(_AdapterMethod):
+    """Adapters of dense layers.
+
+    Fields:
+        init_weights: how kernels start, in the words of the `adapters` package: "houlsby" (both truncated normal),
+            "bert" (both normal), "mam_adapter" (down uniform in ±1/√d, up zero). Biases start at zero.
+        init_std: of the first two.
+    """
+
+    init_weights: Literal["houlsby", "bert", "mam_adapter"] = "bert"
+    init_std: float = 0.02
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.init_weights not in ("houlsby", "bert", "mam_adapter"):
+            raise ValueError(f"expected init_weights 'houlsby', 'bert' or 'mam_adapter', got {self.init_weights!r}")
+        if self.init_std <= 0:
+            raise ValueError(f"expected init_std > 0, got init_std={self.init_std}")
+
+    @property
+    def NO_OP_AT_START(self) -> bool:  # type: ignore[override]  # noqa: N802
+        return self.init_weights == "mam_adapter"
+
     def wrap(self, key, leaf, site: Site) -> Weight:
         lead, _, width = matrix_sizes(site.shape, site.axes)
         dtype = jnp.promote_types(leaf.dtype, jnp.float32)
@@ -216,16 +236,13 @@ class _BottleneckMethod(Method):
         """The fields of a `Bottleneck` at the start."""
         down_key, up_key = jax.random.split(key)
         zeros = lambda *shape: jnp.zeros((*lead, *shape), dtype)
-        norm = lambda n: jnp.stack([jnp.ones((*lead, n), dtype), zeros(n)], -2)
+        starts_off = self.init_weights == "mam_adapter"
         return {
             "down": self.kernel(down_key, (*lead, n_in, m), dtype),
             "down_bias": zeros(m),
-            "up": zeros(m, n_out)
-            if self.init_weights == "mam_adapter"
-            else self.kernel(up_key, (*lead, m, n_out), dtype),
+            "up": zeros(m, n_out) if starts_off else self.kernel(up_key, (*lead, m, n_out), dtype),
             "up_bias": zeros(n_out),
-            "before": norm(n_in) if self.ln_before else None,
-            "after": norm(n_out) if self.ln_after else None,
+            **self.norms(lead, n_in, n_out, dtype),
         }
 
     def kernel(self, key, shape, dtype) -> jax.Array:

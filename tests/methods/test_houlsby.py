@@ -132,9 +132,9 @@ def test_with_the_norms_the_count_is_the_papers():
     assert count(both, BERT_BASE) == 1_789_056 + 2 * 12 * 2 * 768
 
 
-def count(method, config):
+def count(method, config, streams=1):
     apply, shapes = jpeft.models.abstract(config)
-    sites = jpeft.find_sites(apply, shapes, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+    sites = jpeft.find_sites(apply, shapes, *[jax.ShapeDtypeStruct((1, 8), jnp.int32)] * streams)
     bound = jax.eval_shape(lambda key, p: method.bind(*method.init(key, p, sites)), KEY, shapes)
     return jpeft.count(bound).trainable
 
