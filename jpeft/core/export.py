@@ -40,6 +40,8 @@ class Export:
         whole: in place of `tensors`, for what PEFT keeps apart from the modules: `{tensor: fields}`. One field of one
             leaf is the tensor; of several, all leaves' and layers' lie side by side behind their common first axis.
         reads: other peft_types whose files hold the same.
+        enclosing: whether the tensors belong to the module around the leaf's (an attention, not its query projection),
+            and to the last layers of a stack where the field has fewer than the leaf. PEFT knows these modules itself.
     """
 
     peft_type: str
@@ -53,4 +55,5 @@ class Export:
     shared: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     whole: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     reads: tuple[str, ...] = ()
+    enclosing: bool = False
     tied: bool = False

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jpeft.core.biases import with_biases
+from jpeft.core.export import Export
 from jpeft.core.method import Method
 from jpeft.core.ops import Add, Dot
 from jpeft.core.sites import AttentionSite, Site, Sites
@@ -189,6 +190,13 @@ class LLaMAAdapter(Method):
 
     KINDS = ("attention",)
     SMALL = {"num_tokens": 3, "num_layers": 2, "targets": "query"}
+    EXPORT = Export(
+        peft_type="ADAPTION_PROMPT",
+        tensors={"attention": {"adaption_gate": ("gate", "g"), "adaption_prompt": ("prompt", "1nd")}},
+        config={"adapter_len": "num_tokens", "adapter_layers": "num_layers"},
+        required={"gate": "scalar", "tanh": False},
+        enclosing=True,
+    )
 
     def __post_init__(self):
         super().__post_init__()

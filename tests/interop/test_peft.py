@@ -16,7 +16,9 @@ from jpeft.interop import peft as folders
 from jpeft.interop.peft.axes import Layout, Window
 from jpeft.interop.peft.modules import match, minimal, module_name
 
-METHODS = [name for name, kind in jpeft.methods().items() if kind.EXPORT is not None and kind.EXPORT.tensors]
+METHODS = [
+    name for name, kind in jpeft.methods().items() if kind.EXPORT and kind.EXPORT.tensors and not kind.EXPORT.enclosing
+]
 CONFIG = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],

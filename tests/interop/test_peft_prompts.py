@@ -32,6 +32,7 @@ METHODS = {
     "MultitaskPromptTuning": jpeft.MultitaskPromptTuning(num_tokens=3, num_tasks=2, num_ranks=2),
     "PrefixTuning": jpeft.PrefixTuning(num_tokens=3, encoder_hidden_size=5),
     "PTuningV2": jpeft.PTuningV2(num_tokens=3),
+    "LLaMAAdapter": jpeft.LLaMAAdapter(num_tokens=3, num_layers=1, gate="scalar", tanh=False),
 }
 
 
@@ -117,8 +118,9 @@ def test_peft_computes_what_we_write_and_we_compute_what_it_writes(name, llama, 
     near(logits(apply, method, trainable, frozen), theirs())
 
     with torch.no_grad():
-        for parameter in model.prompt_encoder.parameters():
-            parameter += torch.randn_like(parameter) / 5
+        for key, parameter in model.named_parameters():
+            if "prompt_encoder" in key or "adaption" in key:
+                parameter += torch.randn_like(parameter) / 5
     model.save_pretrained(tmp_path / "theirs")
     near(logits(apply, *folders.load(tmp_path / "theirs", params, sites)), theirs())
 
@@ -153,6 +155,14 @@ def test_what_does_not_fit_is_said_together(llama, tmp_path):
     edit(tmp_path, config={"num_transformer_submodules": 2})
     with pytest.raises(ValueError, match="num_transformer_submodules: 2"):
         folders.load(tmp_path, params, sites)
+
+
+def test_peft_has_gates_of_its_own_kind(llama, tmp_path):
+    _, params, sites = llama
+    method = jpeft.LLaMAAdapter(num_tokens=3, num_layers=1)
+    trainable, frozen = started(method, params, sites)
+    with pytest.raises(ValueError, match="gate='scalar', tanh=False only, got gate='head', tanh=True"):
+        folders.save(tmp_path, method, trainable, "base", frozen, sites=sites)
 
 
 def test_the_order_of_apart_layers_needs_sites(unrolled, tmp_path):

@@ -134,7 +134,7 @@ def _matched(stored: Mapping[str, Stored], export: Export, config: Mapping[str, 
             to_save = any(listed(outer, config.get("modules_to_save") or ()) for outer in _outer(module))
             usable = [s for s in sites if to_save and parameter(s.path) == tensor]
         try:
-            hit = match(module, usable)
+            hit = _enclosed(module, usable) if export.enclosing else match(module, usable)
         except ValueError as error:
             problems.append(f"{key}: {error}")
             continue
@@ -148,6 +148,15 @@ def _matched(stored: Mapping[str, Stored], export: Export, config: Mapping[str, 
             found.keys.append(key)
     raise_together("these names may mean several modules", {"ambiguous": sorted(problems)})
     return found
+
+
+def _enclosed(module: str, usable: list[Site]) -> tuple[Site, str] | None:
+    """As `match`, of the module around a site's own."""
+    hits = (match(f"{module}.{site.path.split('/')[-2]}", [site]) for site in usable if site.path.count("/") > 1)
+    found = [hit for hit in hits if hit is not None]
+    if len(found) > 1:
+        raise ValueError(f"{module} may hold {' or '.join(site.path for site, _ in found)}")
+    return found[0] if found else None
 
 
 def _outer(module: str) -> list[str]:

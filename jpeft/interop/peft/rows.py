@@ -94,6 +94,11 @@ def layers_of(w: Weight) -> int | None:
     return matrix_sizes(w.shape, w.labels)[0][0] if "s" in w.labels else None
 
 
+def stack_size(site: Site, default: int) -> int:
+    """The layers of a stacked site; a default where its shape is not known."""
+    return site.shape[site.axes.index("s")] if site.shape and "s" in site.axes else default
+
+
 def site_of(path: str, w: Weight, sites: Sites | None, export: Export) -> Site:
     """The one use of a leaf, or that which the method is for.
 
@@ -110,7 +115,8 @@ def site_of(path: str, w: Weight, sites: Sites | None, export: Export) -> Site:
         return Site(path, kind, (), None, "s" * (layers is not None) + w.axes, 1, 0)
     uses: dict[str, Site] = {}
     for use in sites:
-        if use.path == path and use.kind != "attention":  # what its outputs reach, not a use of its own
+        # A call that its outputs reach is a use of its own only for what acts there.
+        if use.path == path and (use.kind == "attention") == ("attention" in export.tensors):
             uses.setdefault(use.kind, use)
     if export.tied and (known := [use for kind, use in uses.items() if kind in export.tensors]):
         return known[0]
@@ -157,6 +163,8 @@ def rows_of(
                 unknown.append(f"{path} ({kind})")
             continue
         window, layers = Window.of(own[path]), layers_of(w)
+        module = names[path].rpartition(".")[0] if export.enclosing else names[path]
+        below = stack_size(own[path], layers) - layers if export.enclosing and layers is not None else 0
         for layer in [None] if layers is None else range(layers):
             for tensor, (field, wants) in tensors.items():
                 if getattr(w, field) is None and (complete or field in w.trainable_fields()):
@@ -164,10 +172,11 @@ def rows_of(
                 if unlike := set(_letters(w, field)) - set(wants):
                     unknown.append(f"{path} ({field} with an axis {unlike.pop()})")
                     break
-                name = f"{ROOT}{names[path]}.{tensor}"
+                name = f"{ROOT}{module}.{tensor}"
                 stacked = layer is not None and field not in w.UNSTACKED
                 layout = Layout(_letters(w, field), wants, window)
-                yield Row(name.format(layer), name, path, field, layout, layer, stacked, w.tied().get(field))
+                key = name if layer is None else name.format(below + layer)
+                yield Row(key, name, path, field, layout, layer, stacked, w.tied().get(field))
     if unknown:
         known = ", ".join(export.tensors)
         raise ValueError(f"HF PEFT's {export.peft_type} is for {known}, not for {', '.join(unknown[:5])}")

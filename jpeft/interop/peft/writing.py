@@ -101,7 +101,7 @@ def save(
         "base_model_name_or_path": name,
         "task_type": task_type,
         "inference_mode": True,
-        "target_modules": listed(tuned),
+        "target_modules": None if export.enclosing else listed(tuned),
         "modules_to_save": listed(_outermost(whole, leaves, paths)) or None,
         **values_of(method, export, tuned),
         **{
