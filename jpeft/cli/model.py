@@ -46,12 +46,9 @@ def load_language_model(folder: Path, dtype: str = "auto", remat: bool = False) 
 
 def sites_of(apply, params, length: int = 8):
     """The sites of the model, found on shapes."""
-    import jax
-    import jax.numpy as jnp
-
     import jpeft
 
-    return jpeft.find_sites(apply, params, jax.ShapeDtypeStruct((1, length), jnp.int32))
+    return jpeft.find_sites(apply, params, *apply.inputs(length))
 
 
 def with_adapter(apply, params, adapter: str | None) -> tuple[Any, Any]:

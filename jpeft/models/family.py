@@ -95,6 +95,10 @@ class Apply(ABC):
         """Patterns of tensor names that a folder may have and that are not read."""
         return ()
 
+    def inputs(self, length: int = 8) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes of what it is applied to besides the parameters, one row of `length` tokens: for `find_sites`."""
+        return (jax.ShapeDtypeStruct((1, length), jnp.int32),)
+
     def init_cache(self, batch: int, max_length: int, dtype=None) -> Any:
         """An empty cache.
 

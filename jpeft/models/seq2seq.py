@@ -64,6 +64,10 @@ class Seq2SeqApply(Apply):
     (1, 2, 32)
     """
 
+    def inputs(self, length: int = 8):
+        """Shapes of a source and of a decoder's tokens, one row each."""
+        return super().inputs(length) * 2
+
     @property
     def task(self) -> str:
         """HF PEFT's word for such a model."""

@@ -5,11 +5,15 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_llama import write_tokenizer
 
+import jpeft
 from jpeft import models
 from jpeft.cli import main
+from jpeft.train import adapter
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 258, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
 GPT2 |= {"architectures": ["GPT2LMHeadModel"], "eos_token_id": 256, "bos_token_id": 257}
+T5 = {"model_type": "t5", "vocab_size": 258, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+T5 |= {"architectures": ["T5ForConditionalGeneration"], "eos_token_id": 256, "pad_token_id": 0}
 BERT = {"model_type": "bert", "vocab_size": 258, "hidden_size": 16, "intermediate_size": 24}
 BERT |= {"num_hidden_layers": 2, "num_attention_heads": 2, "architectures": ["BertModel"]}
 
@@ -53,3 +57,20 @@ def test_an_encoder_is_inspected_and_does_not_write(command, data_file, tmp_path
     shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert "expected a decoder-only language model in" in shown and "got 'bert'" in shown
     assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_decoder_is_inspected_exported_and_merged(tmp_path, capsys):
+    base = write_model(tmp_path / "t5", T5)
+    run("inspect", "--model", base, "--method", "lora", "--rank", 2, "--targets", "attention")
+    assert "decoder/block/layer/1/EncDecAttention/q/kernel" in capsys.readouterr().out
+    apply, params = models.load(base, dtype="float32")
+    sites = jpeft.find_sites(apply, params, *apply.inputs())
+    method = jpeft.LoRA(rank=2, targets="attention")
+    trainable, frozen = method.init(jax.random.key(0), params, sites)
+    mark = adapter.fingerprint(params)
+    adapter.save_adapter(tmp_path / "run", method, trainable, frozen, base="", base_fingerprint=mark, seed=0)
+    run("export", "--model", base, "--adapter", tmp_path / "run", "--out", tmp_path / "exported")
+    keys = set(load_file(tmp_path / "exported" / "adapter_model.safetensors"))
+    assert "base_model.model.decoder.block.1.layer.1.EncDecAttention.q.lora_A.weight" in keys and len(keys) == 48
+    run("merge", "--model", base, "--adapter", tmp_path / "run", "--out", tmp_path / "merged")
+    assert models.abstract(tmp_path / "merged", dtype="float32")[0] == apply
