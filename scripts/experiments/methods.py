@@ -1,12 +1,14 @@
 """Do the papers' orderings hold on a small model? Each arm at its own tuned learning rate, three seeds.
 
-    python scripts/experiments/methods.py                 # all tables, twenty minutes on two cores without d90
+    python scripts/experiments/methods.py                 # all tables, an hour on two cores
     python scripts/experiments/methods.py starts plus     # some of them
 
 The model is the one that comes with the package (2.4 M parameters), the task its own: signature to summary, split by
 module. All learning rates and seeds of an arm train as one population, one `vmap` over the trainable halves; the frozen
 half exists once. "Best" is the learning rate with the lowest mean held-out loss after the last step, chosen on the data
-that it is reported on, so differences within the spread mean nothing. Expected numbers: docs/methods.md.
+that it is reported on, so differences within the spread mean nothing. The budget and d90 run for LONG steps. The search
+for d90 takes one seed a dimension; what it finds, and the dimension below, run with all seeds.
+Expected numbers: docs/methods.md.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from tokenizers import Tokenizer
 import jpeft
 from jpeft import assets, models
 
-LENGTH, ROWS, STEPS, SEEDS = 48, 4, 40, 3
+LENGTH, ROWS, STEPS, LONG, SEEDS = 48, 4, 40, 200, 3
 RATES = (1e-3, 3e-3, 1e-2)
 EARLY = 10
 
@@ -93,7 +95,7 @@ class Outcome:
         )
 
 
-def population(arm: Arm, steps: int = STEPS) -> Outcome:
+def population(arm: Arm, steps: int = STEPS, seeds: int = SEEDS) -> Outcome:
     """Train every learning rate and seed of an arm at once."""
     method = arm.method
     calibration = jpeft.calibrate(
@@ -105,9 +107,9 @@ def population(arm: Arm, steps: int = STEPS) -> Outcome:
         loss=lambda p, tokens: loss_of(apply, p, tokens, jnp.asarray(tokens > 0, jnp.float32)),
         mask=lambda tokens: tokens > 0,
     )
-    starts = [method.init(jax.random.key(seed), params, sites, calibration or None) for seed in range(SEEDS)]
+    starts = [method.init(jax.random.key(seed), params, sites, calibration or None) for seed in range(seeds)]
     frozen, starts = starts[0][1], [trainable for trainable, _ in starts]
-    members = [(rate, seed) for rate in arm.rates for seed in range(SEEDS)]
+    members = [(rate, seed) for rate in arm.rates for seed in range(seeds)]
     stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
     trainable = stack([starts[seed] for _, seed in members])
     rates = jnp.asarray([rate for rate, _ in members])
@@ -126,7 +128,7 @@ def population(arm: Arm, steps: int = STEPS) -> Outcome:
     held = lambda t, f: loss_of(jpeft.lift(apply), method.bind(t, f), *map(jnp.asarray, HELD_OUT))
     evaluate = jax.jit(lambda ts, f: jax.lax.map(lambda t: held(t, f), ts))
     state = jax.jit(jax.vmap(tx_of(0.0).init))(trainable)
-    orders = [np.random.default_rng(seed) for seed in range(SEEDS)]
+    orders = [np.random.default_rng(seed) for seed in range(seeds)]
     early = None
     for now in range(steps):
         drawn = [order.integers(0, len(TRAIN[0]), ROWS) for order in orders]
@@ -135,20 +137,20 @@ def population(arm: Arm, steps: int = STEPS) -> Outcome:
         jax.block_until_ready(state)  # XLA:CPU can hang with dozens of steps in flight on two cores
         if now + 1 == EARLY:
             early = evaluate(trainable, frozen)
-    shape = (len(arm.rates), SEEDS)
+    shape = (len(arm.rates), seeds)
     count = sum(x.size for x in jax.tree.leaves(starts[0]))
     final = evaluate(trainable, frozen)
     return Outcome(np.reshape(early, shape), np.reshape(final, shape), trainable, frozen, count, arm.rates)
 
 
-def table(title: str, arms: list[Arm]) -> dict[str, Outcome]:
+def table(title: str, arms: list[Arm], steps: int = STEPS) -> dict[str, Outcome]:
     """Run the arms and print one row each."""
     base = float(loss_of(apply, params, *map(jnp.asarray, HELD_OUT)))
     print(f"\n{title}\nheld-out loss of the base {base:.3f}; mean ± standard deviation over {SEEDS} seeds", flush=True)
-    print(f"{'':<28}{'trainable':>10}  {'rate':<7}  {f'step {EARLY}':<15} step {STEPS}")
+    print(f"{'':<28}{'trainable':>10}  {'rate':<7}  {f'step {EARLY}':<15} step {steps}")
     found = {}
     for arm in arms:
-        found[arm.name] = population(arm)
+        found[arm.name] = population(arm, steps)
         print(f"{arm.name:<28}{found[arm.name].row()}", flush=True)
     return found
 
@@ -198,10 +200,11 @@ def experiment_plus() -> None:
 
 def experiment_budget() -> None:
     """AdaLoRA at the same final budget is at least as good as LoRA, and its ranks differ by layer."""
-    schedule = dict(init_rank=6, target_rank=4, tinit=STEPS // 10, tfinal=STEPS // 2, delta_t=1, total_steps=STEPS)
+    schedule = dict(init_rank=6, target_rank=4, tinit=LONG // 10, tfinal=LONG // 2, delta_t=1, total_steps=LONG)
     adaptive = jpeft.AdaLoRA(**schedule)
-    arms = [Arm("LoRA, rank 4", jpeft.LoRA(rank=4)), Arm("AdaLoRA, 6 to 4", adaptive)]
-    plain, outcome = table("Budget of rank 4 a matrix", arms).values()
+    rates = (3e-3, 1e-2, 3e-2, 1e-1)
+    arms = [Arm("LoRA, rank 4", jpeft.LoRA(rank=4), rates=rates), Arm("AdaLoRA, 6 to 4", adaptive, rates=rates)]
+    plain, outcome = table("Budget of rank 4 a matrix", arms, LONG).values()
     say("AdaLoRA at least as good", at_best(plain) - at_best(outcome))
     first = jax.tree.map(lambda x: x[outcome.best * SEEDS], outcome.trainable)
     bound = adaptive.bind(first, outcome.frozen)
@@ -229,15 +232,28 @@ def experiment_small() -> None:
 
 def experiment_d90() -> None:
     """The smallest random subspace that keeps nine tenths of what full fine-tuning gains (Aghajanyan et al. 2020)."""
-    full = population(Arm("full", jpeft.FullFineTuning(), rates=tuple(rate / 10 for rate in RATES)))
+    full = population(Arm("full", jpeft.FullFineTuning(), rates=tuple(rate / 10 for rate in RATES)), LONG)
     base = float(loss_of(apply, params, *map(jnp.asarray, HELD_OUT)))
     gain = base - at_best(full).mean()
+    print(f"\nIntrinsic dimension, SAID: full fine-tuning gains {gain:.3f} in {LONG} steps", flush=True)
 
-    def score(method):
-        return base - at_best(population(Arm(str(method), method))).mean()
+    def gains(method, seeds: int):
+        rates = (3e-4, 1e-3, 3e-3, 1e-2)
+        outcome = population(Arm("", method, rates=rates), LONG, seeds)
+        gained = base - at_best(outcome)
+        print(
+            f"  {method.dimension:>9,}  {rates[outcome.best]:<7g}  {gained.mean():.3f} ± {gained.std():.3f}", flush=True
+        )
+        return gained.mean()
 
-    print(f"\nIntrinsic dimension, SAID: full fine-tuning gains {gain:.3f}", flush=True)
-    print(jpeft.intrinsic_dimension(score, gain, start=1024, smallest=64, largest=2**16, precision=0.5))
+    start, largest = 2**14, 2**20
+    found = jpeft.intrinsic_dimension(
+        lambda m: gains(m, 1), gain, start=start, smallest=64, largest=largest, precision=0.5
+    )
+    print(found)
+    below = max((d for d, _ in found.tries if found.dimension and d < found.dimension), default=None)
+    for dimension in filter(None, (below, found.dimension)):
+        gains(jpeft.IntrinsicDimension(dimension=dimension), SEEDS)
 
 
 EXPERIMENTS = {n.removeprefix("experiment_"): fn for n, fn in list(globals().items()) if n.startswith("experiment_")}
@@ -245,6 +261,8 @@ EXPERIMENTS = {n.removeprefix("experiment_"): fn for n, fn in list(globals().ite
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[*EXPERIMENTS, []], help=f"of {', '.join(EXPERIMENTS)}")
-    print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}; {STEPS} steps of {ROWS} x {LENGTH} tokens")
+    print(
+        f"jax {jax.__version__} on {jax.devices()[0].device_kind}; {STEPS} or {LONG} steps of {ROWS} x {LENGTH} tokens"
+    )
     for name in parser.parse_args().names or EXPERIMENTS:
         EXPERIMENTS[name]()
