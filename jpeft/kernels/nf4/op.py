@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jpeft.kernels.nf4 import reference
+from jpeft.kernels.nf4 import choose, reference, tpu
 
 __all__ = ["nf4_matmul"]
 
@@ -26,6 +27,8 @@ class _How:
     dtype: Any
     precision: Any
     result: Any
+    implementation: str | None
+    interpret: bool
 
 
 def nf4_matmul(
@@ -42,6 +45,8 @@ def nf4_matmul(
     dtype: Any = None,
     precision: Any = None,
     result: Any = None,
+    implementation: str | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """`x @ W`, or `x @ Wᵀ` where `transposed`, for the W (in, out) that `reference.dequantize` gives.
 
@@ -55,10 +60,16 @@ def nf4_matmul(
         dtype: of both operands of the product; x's own where None.
         precision: as in `lax.dot_general`.
         result: dtype of the result; x's own where None.
+        implementation: "xla", or "tpu" for the Pallas kernel, in both directions; None takes what `choose` finds best
+            for each, and `choose.why` says why.
+        interpret: run the kernel as plain JAX, on any platform; slow, for tests.
+
+    Raises:
+        ValueError: an implementation that cannot take the product, forward or backward.
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from jpeft.kernels.nf4 import reference
+        >>> from jpeft.kernels.nf4 import choose, reference, tpu
         >>> codes, scales = reference.quantize(jax.random.normal(jax.random.key(0), (128, 8)))
         >>> nf4_matmul(jnp.ones((2, 128)), codes, scales).shape
         (2, 8)
@@ -72,15 +83,62 @@ def nf4_matmul(
         name(dtype, x.dtype),
         precision,
         name(result, x.dtype),
+        implementation,
+        interpret,
     )
     return _matmul(how, jnp.dtype(x.dtype), x, (codes, scales, nested, offset))
 
 
 def _product(how: _How, x, packed):
+    codes, *scales = packed
+    rows = math.prod(x.shape[:-1])
+    product = choose.Product(rows, codes.shape, how.block_size, how.transposed, how.dtype, how.rounded)
+    choice = choose.choose(product, None, how.implementation, how.interpret)
+    plain = functools.partial(_in_xla, how)
+    if choice.chip is None:
+        return plain(x, packed)
+    kernel = functools.partial(_in_kernel, how, choice.chip)
+    if how.implementation or how.interpret:
+        return kernel(x, packed)
+    return lax.platform_dependent(x, packed, tpu=kernel, default=plain)
+
+
+def _in_xla(how: _How, x, packed):
     w = reference.decode(*packed, block_size=how.block_size, codebook=how.codebook)
     w = w.astype(how.rounded).astype(how.dtype)
     dims = (((x.ndim - 1,), (1 if how.transposed else 0,)), ((), ()))
     return lax.dot_general(x.astype(how.dtype), w, dims, precision=how.precision, preferred_element_type=how.result)
+
+
+def _in_kernel(how: _How, chip: tpu.Chip, x, packed):
+    codes, scales, nested, offset = packed
+    if nested is not None and offset is not None:
+        scales = reference.dequantize_scales(scales, nested, offset)
+    y = _kernel(how, chip)(x.astype(how.dtype).reshape(-1, x.shape[-1]), codes, scales)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+@functools.cache
+def _kernel(how: _How, chip: tpu.Chip):
+    """The kernel under a `vmap` that knows: more of x alone are more rows, and its weights are decoded once."""
+    kernel = functools.partial(
+        tpu.matmul,
+        chip=chip,
+        codebook=tuple(reference.CODEBOOKS[how.codebook].tolist()),
+        block_size=how.block_size,
+        transposed=how.transposed,
+        result=how.result,
+        interpret=how.interpret,
+    )
+    batching = jax.custom_batching.custom_vmap(kernel)
+
+    @batching.def_vmap
+    def _(size, batched, x, codes, scales):
+        if any(batched[1:]):
+            return jax.vmap(kernel, [0 if b else None for b in batched], axis_size=size)(x, codes, scales), True
+        return batching(x.reshape(-1, x.shape[-1]), codes, scales).reshape(*x.shape[:-1], -1), True
+
+    return batching
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -88,13 +146,14 @@ def _matmul(how: _How, x_dtype, x, packed):
     return _product(how, x, packed)
 
 
-def _forward(how, x_dtype, x, packed):
-    return _product(how, x, packed), packed
+def _forward(how, x_dtype, x, packed):  # through the rule again, which second derivatives need
+    return _matmul(how, x_dtype, x, packed), packed
 
 
 def _backward(how, x_dtype, packed, g):
     packed, g = lax.optimization_barrier((packed, g))
-    return _product(replace(how, transposed=not how.transposed, result=x_dtype), g, packed), None
+    how = replace(how, transposed=not how.transposed, result=x_dtype)
+    return _matmul(how, jnp.dtype(g.dtype), g, packed), None
 
 
 _matmul.defvjp(_forward, _backward)
