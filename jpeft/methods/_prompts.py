@@ -20,7 +20,7 @@ from jpeft.core.method import Method
 from jpeft.core.ops import Gather
 from jpeft.core.prompts import VIRTUAL
 from jpeft.core.sites import Site, Sites
-from jpeft.core.targets import Targets
+from jpeft.core.targets import Targets, select
 from jpeft.core.weight import Weight, apply, dense, matrix_sizes, static, to_matrix, weight
 
 __all__ = ["SIZES", "STARTS", "Prompt", "Prompted", "lookup"]
@@ -138,6 +138,12 @@ class _Prompting(Method):
             raise ValueError(
                 f"{type(self).__name__} puts its prompt into one embedding, targets={self.targets!r} match "
                 f"{', '.join(chosen)}; name the one that looks up the tokens"
+            )
+        kinds = tuple({site.kind for site in sites})
+        if self.modules_to_save and (both := chosen.keys() & select(sites, self.modules_to_save, kinds).keys()):
+            raise ValueError(
+                f"modules_to_save={self.modules_to_save} would take {', '.join(both)} from the prompt; to train both, "
+                f"write chain(FullFineTuning(targets=...), {type(self).__name__}(...))"
             )
         return chosen
 

@@ -225,17 +225,40 @@ def test_without_a_head_it_is_the_largest():
     assert list(jpeft.PromptTuning().chosen(jpeft.find_sites(fn, params, TOKENS))) == ["words"]
 
 
+GPT2 = {"model_type": "gpt2", "vocab_size": 32, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
+BERT = CONFIG | {"model_type": "bert", "type_vocab_size": 2}
+T5 = {"model_type": "t5", "vocab_size": 30, "d_model": 12, "d_kv": 6, "d_ff": 20, "num_layers": 2, "num_heads": 2}
+
+
 @pytest.mark.parametrize(
-    ("config", "path"),
+    ("config", "inputs", "path"),
     [
-        ({"model_type": "gpt2", "vocab_size": 32, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}, "wte"),
-        ({"model_type": "llama", **CONFIG}, "embed_tokens"),
+        (CONFIG | {"model_type": "llama"}, 1, "embed_tokens/embedding"),
+        (GPT2, 1, "wte/embedding"),
+        (BERT | {"vocab_size": 99}, 1, "embeddings/word_embeddings/embedding"),
+        (T5, 2, "shared/embedding"),
     ],
 )
-def test_the_library_s_models_have_one(config, path):
+def test_the_library_s_models_have_one(config, inputs, path):
     apply, shapes = jpeft.models.abstract(config)
-    sites = jpeft.find_sites(apply, shapes, jax.ShapeDtypeStruct((1, 8), jnp.int32))
-    assert list(jpeft.PromptTuning().chosen(sites)) == [f"{path}/embedding"]
+    sites = jpeft.find_sites(apply, shapes, *[jax.ShapeDtypeStruct((1, 8), jnp.int32)] * inputs)
+    assert list(jpeft.PromptTuning().chosen(sites)) == [path]
+
+
+def test_an_encoder_decoder_is_prompted_on_either_side():
+    apply, params = jpeft.models.init(KEY, T5)
+    batch = {"tokens": np.array([[3, 1, 4]]), "decoder_tokens": np.array([[0, 5]])}
+    method = jpeft.PromptTuning(2)
+    sites = jpeft.find_sites(apply, params, batch["tokens"], batch["decoder_tokens"])
+    bound = method.bind(*method.init(KEY, params, sites))
+    run = lambda batch: jpeft.lift(apply)(bound, batch["tokens"], batch["decoder_tokens"])
+    plain, source, target = (
+        run(batch),
+        run(jpeft.prompted(batch, method)),
+        jpeft.prompted(batch, method, stream="decoder_"),
+    )
+    assert plain.shape == source.shape == (1, 2, 30) and run(target).shape == (1, 4, 30)
+    assert np.abs(source - plain).max() > 1e-3 and np.abs(run(target)[:, 2:] - plain).max() > 1e-3
 
 
 # ---- generation ----
@@ -302,6 +325,15 @@ def test_one_embedding_is_named():
         ValueError, match="into one embedding, targets='words|places' match words, places; name the one"
     ):
         start(jpeft.PromptTuning(targets="words|places"), with_positions, params)
+
+
+def test_the_embedding_is_not_trained_in_the_prompt_s_place():
+    with pytest.raises(ValueError, match=r"would take embed from the prompt; .* write chain\(FullFineTuning"):
+        start(jpeft.PromptTuning(2, modules_to_save=("embed",)))
+    fn = lambda p, tokens: jnp.tanh(p["embed"][tokens]) @ p["head"]
+    params = {"embed": jnp.ones((7, 6)), "head": jnp.ones((6, 4))}
+    trainable, _ = start(jpeft.PromptTuning(2, modules_to_save=("head",)), fn, params)
+    assert {x.shape for x in jax.tree.leaves(trainable)} == {(2, 6), (6, 4)}
 
 
 TEXT = {"init_prompt": "text"}
