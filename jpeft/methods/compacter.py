@@ -84,9 +84,9 @@ def kronecker(op, x, a, s, t, bias):
 class Compacter(_AdapterMethod):
     """Two adapters of Kronecker products in every layer. Cannot merge: a nonlinearity stands between the projections.
 
-    Trainable parameters: 2·rank·(d + m) + m + d for each adapter, and n³ once; with the slow weights shared and rank 1
-    far fewer than any matrix. The paper trains the norms as well, `chain(NormTuning(), Compacter())`, and puts none after
-    cross-attention: for T5 `targets=("SelfAttention/o/", "down")`.
+    Trainable parameters: 2·rank·(d + m) + m + d for each adapter, and n³ once. The paper trains the norms as well,
+    `chain(NormTuning(), Compacter())`, and puts no adapter after cross-attention: for T5
+    `targets=("SelfAttention/o/", "down")`.
 
     Fields:
         targets: layers, by their kernels; by default attention outputs and feed-forward down projections by name.
