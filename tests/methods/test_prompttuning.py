@@ -8,7 +8,7 @@ from peft_prompts import CONFIG, assert_same_as_peft_prompt
 from small_models import make_model
 
 import jpeft
-from jpeft.methods._prompts import Prompt
+from jpeft.methods._prompts import Prompt, Prompted
 
 KEY = jax.random.key(0)
 TOKENS = np.array([[3, 1, 4], [1, 5, 2]])
@@ -370,3 +370,8 @@ def test_options_are_checked_where_they_are_written(options, message):
 def test_tokens_that_the_embedding_does_not_have_are_refused(ids):
     with pytest.raises(ValueError, match="embed: init_text_ids has (7|-1|9), not among its 7 tokens"):
         start(jpeft.PromptTuning(1, init_prompt="text", init_text_ids=ids))
+
+
+def test_a_kind_of_prompt_says_what_its_rows_are():
+    with pytest.raises(TypeError, match="Prompted defines no made"):
+        Prompted().made()
