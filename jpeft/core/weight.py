@@ -88,9 +88,17 @@ class Weight:
     def added(self, op, x) -> jax.Array | None:
         """`x` plus this leaf, a bias, where the equation adds it; None where the dense bias is all that it takes.
 
-        Default: what it holds says; a plain array nothing.
+        Default: what the Weight that it holds says, of the bias as this one changes it; nothing where none defines it.
         """
-        return self.base.added(op, x) if isinstance(self.base, Weight) else None
+        changing, acting = [self], self.base
+        while isinstance(acting, Weight) and type(acting).added is Weight.added:
+            changing, acting = [*changing, acting], acting.base
+        if not isinstance(acting, Weight):
+            return None
+        bias = acting.base
+        for outer in reversed(changing):
+            bias = outer.replace(base=bias)
+        return acting.replace(base=bias).added(op, x)
 
     def notes(self, op, reached: tuple) -> tuple:
         """What the next attention call is to know of this leaf's output, given what the input brought (`reached`).

@@ -147,6 +147,27 @@ def test_a_bias_acts_through_an_outer_weight():
     assert np.array_equal(jpeft.lift(fn)(bound, x), 2 * fn(params, x))
 
 
+@weight
+class Raised(Weight):
+    """One more than the leaf."""
+
+    base: Any
+    axes: str = static()
+
+    def dense(self):
+        return dense(self.base) + 1
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_what_changes_a_bias_does_so_under_what_acts_at_the_sum(times):
+    params, x = {"b": jnp.arange(3.0)}, jnp.ones((2, 3))
+    fn = lambda p, x: x + p["b"]
+    leaf = Doubled(params["b"], axes="o")
+    for _ in range(times):
+        leaf = Raised(leaf, axes="o")
+    assert np.array_equal(jpeft.lift(fn)({"b": leaf}, x), 2 * (fn(params, x) + times))
+
+
 # ---- at the attention call ----
 
 

@@ -72,6 +72,19 @@ def test_a_method_on_the_kernel_acts_under_the_adapter_in_either_order():
     np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+def test_a_scale_of_the_bias_acts_under_the_adapter_in_either_order():
+    model = make_model("nnx")
+    scales = jpeft.IA3(targets="down", feedforward=())
+    houlsby = jpeft.Houlsby(targets="down", bottleneck=3)
+    found = []
+    for methods in ((scales, houlsby), (houlsby, scales)):
+        both = jpeft.chain(*methods)
+        trainable, frozen = both.init(KEY, model.params, model.sites)
+        trainable = jax.tree.map(lambda t: 0 * t + 0.1, trainable)
+        found.append(jpeft.lift(model.apply)(both.bind(trainable, frozen), *model.inputs))
+    np.testing.assert_allclose(*found, atol=1e-5)
+
+
 def test_every_layer_starts_with_numbers_of_its_own_near_the_pretrained_function():
     model = make_model("linen-scanned")
     method = jpeft.Houlsby(bottleneck=8)
