@@ -60,8 +60,8 @@ class Fused(Acting):
 
     def adapter(self, n: int) -> Bottleneck:
         """The adapter of a number."""
-        arrays = {name: getattr(self, name) for name in _STACKED_AT}
-        own = {f: x if x is None else jnp.take(x, n, axis=_STACKED_AT[f]) for f, x in arrays.items()}
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in _STACKED_AT}
+        own: dict[str, Any] = {f: x if x is None else jnp.take(x, n, axis=_STACKED_AT[f]) for f, x in arrays.items()}
         return Bottleneck(None, **own, axes=self.axes, activation=self.activation)
 
     def update(self, op, y):
@@ -113,7 +113,7 @@ class AdapterFusion(_BottleneckMethod):
     query_bias: bool = False
     regularization: float = 0.01
 
-    NO_OP_AT_START = False  # what the adapters learned shows from the start
+    NO_OP_AT_START = False  # type: ignore[assignment]  what the adapters learned shows from the start
     ADDS_FROZEN = "the adapters that are fused"
     SMALL = {"targets": "down/kernel|^(back|expert|torch_head)$", "bottleneck": 5, "init_std": 0.2}
 
@@ -148,7 +148,7 @@ class AdapterFusion(_BottleneckMethod):
         saved = any(isinstance(found, Saved) for found in given.values())
         if given and not saved and given.keys() != chosen.keys():
             raise ValueError(
-                f"the trained adapters stand at {', '.join(list(given)[:5])}, the targets mean "
+                f"the trained adapters stand at {', '.join(map(str, list(given)[:5]))}, the targets mean "
                 f"{', '.join(list(chosen)[:5])}; give AdapterFusion the targets that they were trained with"
             )
         return given
