@@ -17,7 +17,7 @@ Shapes: x (rows, in), codes (in, out) uint4, scales (in / block_size, out) float
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -55,10 +55,11 @@ INTERPRETED = CHIPS["TPU v6 lite"]  # the chip to play where there is none
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows and outputs of one step of the grid."""
+    """Rows and outputs of one step of the grid. With one buffer for codes instead of two, a step waits for them."""
 
     rows: int
     outputs: int
+    buffers: int = 2
 
 
 # (chip, reduction, outputs, transposed) -> Tile, where it was found better than what `tile_for` takes by itself.
@@ -66,23 +67,24 @@ TILES: dict[tuple[str, int, int, bool], Tile] = {}
 
 
 def vmem_bytes(tile: Tile, reduction: int, block_size: int) -> int:
-    """What a step holds: two buffers each of x, codes, scales and y, one of the weights, one of the float32 sums."""
+    """What a step holds: buffers of codes and scales, two each of x and y, the weights, the float32 sums."""
     weights, sums = tile.outputs * reduction, tile.outputs * tile.rows
-    streamed = 2 * tile.rows * reduction + weights // 2 + 4 * weights // block_size + 4 * sums
-    return 2 * streamed + 2 * weights + 4 * sums
+    packed = weights // 2 + 4 * weights // block_size
+    return tile.buffers * packed + 4 * tile.rows * reduction + 2 * weights + 12 * sums
 
 
-def tile_for(chip: Chip, rows: int, shape: tuple[int, int], block_size: int, transposed: bool) -> Tile | None:
+def tile_for(chip: Chip, rows: int, shape: tuple[int, ...], block_size: int, transposed: bool) -> Tile | None:
     """The tile for a weight of `shape` (in, out); None where the chip's VMEM has room for none."""
     reduction, outputs = shape[::-1] if transposed else shape
     unit = GROUP * block_size if transposed else LANES  # outputs of a whole tile of scales, or of codes
     tuned = TILES.get((chip.name, reduction, outputs, transposed))
     sizes = [Tile(r, o) for o in (1024, 512, 256, 128) for r in (512, 256, 128)]
-    sizes = [tuned, *sizes] if tuned else sizes
-    for size in sizes:
+    sizes += [replace(size, buffers=1) for size in sizes]
+    for size in [tuned, *sizes] if tuned else sizes:
         whole = size.outputs >= outputs or (transposed and unit > size.outputs)
-        tile = Tile(min(size.rows, rows), outputs if whole else size.outputs // unit * unit)
-        if vmem_bytes(tile, reduction, block_size) <= 0.8 * chip.vmem:
+        across = outputs if whole else size.outputs // unit * unit
+        tile = replace(size, rows=min(size.rows, rows), outputs=across)
+        if vmem_bytes(tile, reduction, block_size) <= 0.85 * chip.vmem:
             return tile
     return None
 
@@ -137,6 +139,7 @@ def matmul(
     else:
         packed, of_weight = (n_in, tile.outputs), lambda o, r: (0, o)
     table = np.tile(np.array(codebook, np.float32)[:, None], LANES)
+    buffers = None if tile.buffers == 2 else pl.Buffered(tile.buffers)
     sums = [] if reduction <= DEPTH else [pltpu.VMEM((tile.rows, tile.outputs), jnp.float32)]
     return pl.pallas_call(
         functools.partial(_step, chip.lookup_bits, block_size, transposed),
@@ -144,8 +147,8 @@ def matmul(
         grid=(pl.cdiv(outputs, tile.outputs), pl.cdiv(rows, tile.rows)),
         in_specs=[
             pl.BlockSpec((tile.rows, reduction), lambda o, r: (r, 0)),
-            pl.BlockSpec(packed, of_weight),
-            pl.BlockSpec((packed[0] // block_size, packed[1]), of_weight),
+            pl.BlockSpec(packed, of_weight, pipeline_mode=buffers),
+            pl.BlockSpec((packed[0] // block_size, packed[1]), of_weight, pipeline_mode=buffers),
             pl.BlockSpec(table.shape, lambda o, r: (0, 0)),
         ],
         out_specs=pl.BlockSpec((tile.rows, tile.outputs), lambda o, r: (r, o)),
