@@ -8,10 +8,11 @@ from jpeft.core.calibrate import calibrate
 from jpeft.core.chain import chain
 from jpeft.core.count import count
 from jpeft.core.doors import from_linen, from_nnx
+from jpeft.core.find import find_sites
 from jpeft.core.lift import DensifyError, lift
 from jpeft.core.method import Method, labels, merge, trainable_mask
 from jpeft.core.prompts import VIRTUAL, prompted
-from jpeft.core.sites import Site, Sites, find_sites
+from jpeft.core.sites import Site, Sites
 from jpeft.core.tree import combine, partition
 from jpeft.core.weight import Weight
 from jpeft.methods import *  # noqa: F403
