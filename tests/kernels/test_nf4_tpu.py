@@ -86,6 +86,30 @@ def test_reductions_longer_than_one_product_are_a_loop(transposed, monkeypatch):
     close(ours, x @ (w.T if transposed else w), "bfloat16")
 
 
+@pytest.mark.parametrize(("transposed", "outputs"), [(False, 256), (True, 512)])
+def test_the_last_blocks_of_rows_and_outputs_may_be_shorter(transposed, outputs):
+    codes, scales = packed((640, 384))
+    w = reference.dequantize(codes, scales, dtype="bfloat16")
+    x = normal(1, 20, 384 if transposed else 640, dtype="bfloat16")
+    entries = tuple(reference.CODEBOOKS["nf4"].tolist())
+    tile = tpu.Tile(16, outputs)
+    ours = tpu.matmul(x, codes, scales, chip=V6E, codebook=entries, transposed=transposed, tile=tile, interpret=True)
+    close(ours, x @ (w.T if transposed else w), "bfloat16")
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_step_that_does_not_fit_is_cut_in_outputs_then_rows_then_buffers(transposed):
+    sizes = []
+    for vmem in (128, 64, 32, 16, 8, 4, 1):
+        chip = tpu.Chip("v6e", vmem << 20, 16)
+        tile = tpu.tile_for(chip, 4096, (4096, 4096), 64, transposed)
+        assert tile is None or tpu.vmem_bytes(tile, 4096, 64) <= vmem << 20
+        sizes.append(tile)
+    assert sizes[0] == tpu.TILES[("v6e",)] and sizes[-1] is None
+    found = [(-t.buffers, -t.outputs) for t in sizes if t]
+    assert found == sorted(found) and len(set(found)) > 1
+
+
 # ---- through the op ----
 
 

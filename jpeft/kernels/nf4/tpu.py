@@ -62,8 +62,13 @@ class Tile:
     buffers: int = 2
 
 
-# (chip, reduction, outputs, transposed) -> Tile, where it was found better than what `tile_for` takes by itself.
-TILES: dict[tuple[str, int, int, bool], Tile] = {}
+# The step that was found best on a chip, or on a chip for (in, out, transposed): fewest bundles for what the memory can
+# stream beside them, then the shorter compile. v6e's matrix units outrun its memory unless x is used for 1024 outputs.
+TILES: dict[tuple, Tile] = {
+    ("v5e",): Tile(512, 512),
+    ("v5p",): Tile(512, 512),
+    ("v6e",): Tile(512, 1024),
+}
 
 
 def vmem_bytes(tile: Tile, reduction: int, block_size: int) -> int:
@@ -74,13 +79,14 @@ def vmem_bytes(tile: Tile, reduction: int, block_size: int) -> int:
 
 
 def tile_for(chip: Chip, rows: int, shape: tuple[int, ...], block_size: int, transposed: bool) -> Tile | None:
-    """The tile for a weight of `shape` (in, out); None where the chip's VMEM has room for none."""
+    """The tile for a weight of `shape` (in, out): the one in TILES, or the next smaller that the chip's VMEM has room
+    for. None where there is none."""
     reduction, outputs = shape[::-1] if transposed else shape
     unit = GROUP * block_size if transposed else LANES  # outputs of a whole tile of scales, or of codes
-    tuned = TILES.get((chip.name, reduction, outputs, transposed))
-    sizes = [Tile(r, o) for o in (1024, 512, 256, 128) for r in (512, 256, 128)]
-    sizes += [replace(size, buffers=1) for size in sizes]
-    for size in [tuned, *sizes] if tuned else sizes:
+    best = TILES.get((chip.name, *shape, transposed), TILES[(chip.name,)])
+    halves = lambda n: [n >> k for k in range(n.bit_length()) if n >> k >= LANES]
+    sizes = [Tile(r, o, buffers) for buffers in (2, 1) for o in halves(best.outputs) for r in halves(best.rows)]
+    for size in sizes:
         whole = size.outputs >= outputs or (transposed and unit > size.outputs)
         across = outputs if whole else size.outputs // unit * unit
         tile = replace(size, rows=min(size.rows, rows), outputs=across)
