@@ -64,21 +64,25 @@ def encode(examples):
 train, heldout = encode(assets.summaries("train")), encode(assets.summaries("validation")[:32])
 
 
-def loss_of(params, tokens, mask, fn=apply):
-    logits = fn(params, tokens)
-    each = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
-    return jnp.sum(each * mask[:, 1:]) / jnp.maximum(jnp.sum(mask[:, 1:]), 1)
+def loss_of(params, batch, fn=apply):
+    logits = fn(params, batch["tokens"], positions=batch.get("positions"))
+    learned = batch["weights"][:, 1:]
+    targets = jnp.where(learned > 0, batch["tokens"][:, 1:], 0)
+    each = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], targets)
+    return jnp.sum(each * learned) / jnp.maximum(jnp.sum(learned), 1)
 
 
-parts = [np.s_[n : n + ROWS] for n in range(0, len(heldout[0]), ROWS)]
-before = float(np.mean([jax.jit(loss_of)(params, heldout[0][p], heldout[1][p]) for p in parts]))
+rows_of = lambda part, rows: {"tokens": part[0][rows], "weights": part[1][rows], "tasks": np.zeros(ROWS, np.int32)}
+parts = [rows_of(heldout, np.s_[n : n + ROWS]) for n in range(0, len(heldout[0]), ROWS)]
+before = float(np.mean([jax.jit(loss_of)(params, part) for part in parts]))
 print(f"held-out loss of the pretrained model: {before:.3f}")
 
 # %% [markdown]
 # ## Training any method
 # The same lines for all of them. Some methods start from data (`CALIBRATION` says what they look at); some come with an
-# optimizer transform or a penalty of their own. A loop that asks the method for these serves them all. The learning
-# rates are rough: what the plot can show is where each method lives, not who wins.
+# optimizer transform or a penalty of their own; some need virtual tokens in the batch, or positions behind a prefix,
+# which is what `prompted` is for. A loop that asks the method for these serves them all. The learning rates are rough:
+# what the plot can show is where each method lives, not who wins.
 
 # %%
 RATES = {
@@ -86,10 +90,15 @@ RATES = {
     "LastLayers": 1e-3,
     "TopK": 3e-3,
     "FishMask": 3e-3,
-    "SHiRA": 1e-2,
-    "TrainableTokens": 1e-2,
+    "TrainableTokens": 3e-3,
+    "RandLoRA": 1e-3,
+    "WaveFT": 1e-3,
+    "CorDA": 1e-3,
+    "PromptTuning": 1e-1,
+    "MultitaskPromptTuning": 1e-1,
 }
 CHANGES = {
+    "FourierFT": {"start": "zeros"},
     "TrainableTokens": {"token_indices": tuple(range(4096))},
     "AdaLoRA": {"total_steps": STEPS, "tinit": 5, "tfinal": 10},
 }
@@ -98,29 +107,29 @@ CHANGES = {
 def fine_tune(method, rate):
     """The trainable half after a few steps, the frozen half, and the held-out loss."""
     batches = [(train[0][n * ROWS : (n + 1) * ROWS],) for n in range(4)]
-    plain = lambda params, tokens: loss_of(params, tokens, jnp.asarray(tokens > 0, jnp.float32))
+    plain = lambda params, tokens: loss_of(params, {"tokens": tokens, "weights": jnp.asarray(tokens > 0, jnp.float32)})
     calibration = jpeft.calibrate(apply, params, sites, batches, method=method, loss=plain) or None
     trainable, frozen = method.init(jax.random.key(0), params, sites, calibration)
     tx = method.optimizer(optax.adam(optax.warmup_cosine_decay_schedule(0.0, rate, 5, STEPS)))
     state = jax.jit(tx.init)(trainable)
 
-    def loss(trainable, frozen, tokens, mask):
-        return loss_of(method.bind(trainable, frozen), tokens, mask, jpeft.lift(apply))
+    def loss(trainable, frozen, batch):
+        return loss_of(method.bind(trainable, frozen), jpeft.prompted(batch, method), jpeft.lift(apply))
 
     @jax.jit
-    def step(trainable, state, frozen, tokens, mask):
+    def step(trainable, state, frozen, batch):
         penalized = lambda *args: loss(*args) + method.penalty(args[0])
-        value, grads = jax.value_and_grad(penalized)(trainable, frozen, tokens, mask)
+        value, grads = jax.value_and_grad(penalized)(trainable, frozen, batch)
         updates, state = tx.update(grads, state, trainable)
         return optax.apply_updates(trainable, updates), state, value
 
     rng = np.random.default_rng(0)
     for _ in range(STEPS):
-        rows = rng.integers(0, len(train[0]), ROWS)
-        trainable, state, value = step(trainable, state, frozen, train[0][rows], train[1][rows])
+        batch = rows_of(train, rng.integers(0, len(train[0]), ROWS))
+        trainable, state, value = step(trainable, state, frozen, batch)
         assert np.isfinite(value)
     # The step's own loss on held-out rows, its update thrown away: nothing more to compile.
-    after = [float(step(trainable, state, frozen, heldout[0][p], heldout[1][p])[2]) for p in parts]
+    after = [float(step(trainable, state, frozen, part)[2]) for part in parts]
     return trainable, frozen, float(np.mean(after)) - float(method.penalty(trainable))
 
 
