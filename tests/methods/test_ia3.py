@@ -121,7 +121,7 @@ def test_counts_on_public_models_equal_the_published_integers(config, expected):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("plain", {}, "'key-value' matches no site"),
+        ("plain", {}, "'down' matches no site"),
         ("linen-unrolled", {"feedforward": "dwon"}, "'dwon' matches no site"),
         (
             "plain",
