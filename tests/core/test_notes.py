@@ -70,15 +70,18 @@ class OneHead(Sink):
         return call.joined(*[jnp.ones((1, 1, 4))] * 2)
 
 
+def numbers(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
 # ---- at the sum ----
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 3)], ids=["vector", "heads"])
 @pytest.mark.parametrize("lead", [(), (4,), (4, 3)])
 def test_a_bias_acts_where_it_is_added(shape, lead):
-    rng = np.random.default_rng(0)
-    params = {"kernel": rng.normal(size=(6, *shape)), "bias": rng.normal(size=shape)}
-    x = rng.normal(size=(*lead, 6))
+    params = {"kernel": numbers(6, *shape), "bias": numbers(*shape)}
+    x = numbers(*lead, 6)
 
     def fn(params, x):
         y = jnp.tensordot(x, params["kernel"], 1)
@@ -106,9 +109,8 @@ class Turned(Weight):
 
 @pytest.mark.parametrize("front", [True, False], ids=["experts first", "rows first"])
 def test_what_acts_on_experts_at_their_bias_is_each_experts_own(front):
-    rng = np.random.default_rng(0)
-    params = {"kernel": rng.normal(size=(3, 4, 5)), "bias": rng.normal(size=(3, 5))}
-    x, matrix, vector = rng.normal(size=(3, 2, 4)), rng.normal(size=(3, 5, 5)), rng.normal(size=(3, 5))
+    params = {"kernel": numbers(3, 4, 5), "bias": numbers(3, 5)}
+    x, matrix, vector = numbers(3, 2, 4), numbers(3, 5, 5), numbers(3, 5, seed=1)
 
     def fn(p, x):
         y = jnp.einsum("ebd,edf->ebf" if front else "ebd,edf->bef", x, p["kernel"])
