@@ -1,5 +1,6 @@
-"""Three layers of different shapes under HF PEFT: its folder read here, and ours written back."""
+"""HF PEFT's folders of a small decoder, and of three layers of different shapes: read here, and ours written back."""
 
+import json
 from collections import OrderedDict
 from pathlib import Path
 
@@ -8,11 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from peft_cases import near, numbers
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import jpeft
 from jpeft.interop import peft as folders
 
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 37,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+}
+TOKENS = np.arange(12).reshape(2, 6)
 SIZES = {"first": (8, 12), "second": (12, 4), "third": (4, 4)}
 X = numbers(3, 8)
 
@@ -80,3 +93,22 @@ def assert_same_from_folder(config, tmp_path: Path) -> None:
     unloaded = model.merge_and_unload()
     for name in SIZES:
         near(merged[name]["kernel"], getattr(unloaded, name).weight.detach().numpy())
+
+
+def started(method, params, sites, seed=0):
+    """`(trainable, frozen)` with noise on all that trains."""
+    trainable, frozen = jax.jit(lambda k, p: method.init(k, p, sites))(jax.random.key(0), params)
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(x + rng.normal(size=x.shape) / 5, x.dtype), trainable), frozen
+
+
+def edit(folder, config=None, tensors=None):
+    """Change a folder's options and tensors in place."""
+    if config is not None:
+        content = json.loads((folder / "adapter_config.json").read_text())
+        content.update(config)
+        (folder / "adapter_config.json").write_text(json.dumps(content))
+    if tensors is not None:
+        content = load_file(folder / "adapter_model.safetensors")
+        tensors(content)
+        save_file(content, folder / "adapter_model.safetensors")

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from peft_folders import CONFIG, TOKENS, edit, started
+from safetensors.numpy import load_file
 from small_models import make_model
 from tiny_decoders import random_model
 
@@ -19,31 +20,6 @@ from jpeft.interop.peft.modules import match, minimal, module_name
 METHODS = [
     name for name, kind in jpeft.methods().items() if kind.EXPORT and kind.EXPORT.tensors and not kind.EXPORT.enclosing
 ]
-CONFIG = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 37,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-}
-TOKENS = np.arange(12).reshape(2, 6)
-
-
-@pytest.fixture(scope="module")
-def llama():
-    """`(apply, params, sites)` of a stacked decoder that shares no weight."""
-    apply, params = random_model(CONFIG)
-    return apply, params, jpeft.find_sites(apply, params, TOKENS)
-
-
-@pytest.fixture(scope="module")
-def unrolled():
-    model = make_model("linen-unrolled")
-    return model.apply, model.params, model.sites
 
 
 def adaptable(kind, sites):
@@ -53,13 +29,6 @@ def adaptable(kind, sites):
     fits = lambda s: s.kind in kind.EXPORT.tensors and "/" in s.path and uses.count(s.path) == 1 and not s.head
     possible = kind(**small, targets=fits)
     return kind(**small, targets=lambda s: fits(s) and possible.check(s) is None)
-
-
-def started(method, params, sites, seed=0):
-    """`(trainable, frozen)` with noise on all that trains."""
-    trainable, frozen = jax.jit(lambda k, p: method.init(k, p, sites))(jax.random.key(0), params)
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(x + rng.normal(size=x.shape) / 5, x.dtype), trainable), frozen
 
 
 def assert_same_leaves(got, wanted):
@@ -77,18 +46,6 @@ def lora(llama, path, **options):
     trainable, frozen = started(method, params, sites)
     folders.save(path, method, trainable, "base", frozen, sites=sites, overwrite=True)
     return method, trainable, frozen
-
-
-def edit(folder, config=None, tensors=None):
-    """Change a folder's options and tensors in place."""
-    if config is not None:
-        content = json.loads((folder / "adapter_config.json").read_text())
-        content.update(config)
-        (folder / "adapter_config.json").write_text(json.dumps(content))
-    if tensors is not None:
-        content = load_file(folder / "adapter_model.safetensors")
-        tensors(content)
-        save_file(content, folder / "adapter_model.safetensors")
 
 
 # ---- there and back ----
@@ -116,13 +73,6 @@ def test_round_trip_is_exact(name, tree, request, tmp_path):
 
 
 # ---- the real PEFT ----
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, llama):
-    folder = tmp_path_factory.mktemp("base") / "model"
-    models.save(folder, llama[1], CONFIG)
-    return folder
 
 
 @pytest.mark.parity

@@ -6,26 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
-from small_models import make_model
-from tiny_decoders import random_model
+from peft_folders import TOKENS, edit, started
 
 import jpeft
-from jpeft import models
 from jpeft.interop import peft as folders
 
-CONFIG = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 37,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-}
-TOKENS = np.arange(12).reshape(2, 6)
 METHODS = {
     "PromptTuning": jpeft.PromptTuning(num_tokens=3),
     "PTuning": jpeft.PTuning(num_tokens=3, encoder_hidden_size=4),
@@ -36,32 +21,6 @@ METHODS = {
 }
 
 
-@pytest.fixture(scope="module")
-def llama():
-    apply, params = random_model(CONFIG)
-    return apply, params, jpeft.find_sites(apply, params, TOKENS)
-
-
-@pytest.fixture(scope="module")
-def unrolled():
-    model = make_model("linen-unrolled")
-    return model.apply, model.params, model.sites
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, llama):
-    folder = tmp_path_factory.mktemp("base") / "model"
-    models.save(folder, llama[1], CONFIG)
-    return folder
-
-
-def started(method, params, sites):
-    """`(trainable, frozen)` with noise on all that trains."""
-    trainable, frozen = jax.jit(lambda k, p: method.init(k, p, sites))(jax.random.key(0), params)
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: jnp.asarray(x + rng.normal(size=x.shape) / 5, x.dtype), trainable), frozen
-
-
 def logits(apply, method, trainable, frozen):
     """Those of the tokens themselves."""
     batch = {"tokens": jnp.asarray(TOKENS)} | ({"tasks": jnp.array([1, 0])} if method.num_prompts > 1 else {})
@@ -69,15 +28,6 @@ def logits(apply, method, trainable, frozen):
     more = {"positions": batch["positions"]} if "positions" in batch else {}
     run = jax.jit(lambda t, f: jpeft.lift(apply)(method.bind(t, f), batch["tokens"], **more))
     return np.asarray(run(trainable, frozen))[:, -TOKENS.shape[1] :]
-
-
-def edit(folder, config=None, tensors=None):
-    """Change a folder's options and tensors in place."""
-    content = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(content | (config or {})))
-    arrays = load_file(folder / "adapter_model.safetensors")
-    (tensors or (lambda _: None))(arrays)
-    save_file(arrays, folder / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("tree", ["llama", "unrolled"])
