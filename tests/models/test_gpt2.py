@@ -79,8 +79,7 @@ def test_a_folder_of_transformers_gives_the_same_logits_here(name, tmp_path):
 @parity
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_folder_of_ours_gives_the_same_logits_there(name, tmp_path):
-    import torch
-    import transformers
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
 
     apply, params = random_model(CONFIGS[name])
     models.save(tmp_path / "model", params, CONFIGS[name], max_shard_bytes=20_000)
