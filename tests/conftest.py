@@ -30,3 +30,23 @@ def pytest_collection_modifyitems(items):
         item.callspec.id if item.path.name == "test_contract.py" and hasattr(item, "callspec") else ""
     )
     items.sort(key=lambda item: (str(item.path), together(item)))
+
+
+_MAPPINGS = 30_000
+_RUN = 0
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Forget compiled programs in time: each maps memory, and Linux gives a process 65,530 mappings."""
+    global _RUN
+    _RUN += 1
+    if _RUN % 50 == 0 and _mappings() > _MAPPINGS:
+        jax.clear_caches()
+
+
+def _mappings() -> int:
+    try:
+        with open("/proc/self/maps", "rb") as file:
+            return sum(1 for _ in file)
+    except OSError:
+        return 0

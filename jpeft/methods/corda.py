@@ -57,7 +57,7 @@ class CorDA(_NonzeroStart):
     KINDS = ("dense",)
     CALIBRATION = "the inputs of the matrices"
     OBSERVES = "inputs"
-    SMALL = {"rank": 4}
+    SMALL = {"rank": 2, "alpha": 2}  # a scale of one, the paper's
 
     def __post_init__(self):
         super().__post_init__()

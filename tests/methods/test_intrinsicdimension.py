@@ -77,7 +77,7 @@ def test_every_kind_of_leaf_moves_by_its_own_projection(structure):
     trainable, frozen = method.init(KEY, model.params, model.sites)
     scales = sum(x.size for x in jax.tree.leaves(trainable.tree))
     assert trainable.arrays["theta"].size + scales == 60 == jpeft.count(method.bind(trainable, frozen)).trainable
-    assert scales == (0 if structure == "DID" else 1 + 1 + 3 + 3 + 2 + 2 + 1 + 1 + 1)
+    assert scales == (0 if structure == "DID" else 1 + 1 + 3 + 3 + 4 + 2 + 2 + 1 + 1 + 1)
     rng = np.random.default_rng(0)
     trainable = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) / 3, x.dtype), trainable)
     bound = method.bind(trainable, frozen)
@@ -142,8 +142,8 @@ def test_options_are_checked_where_they_are_written(options, message):
 
 def test_fewer_dimensions_than_scales_are_refused():
     model = make_model("plain")
-    with pytest.raises(ValueError, match="each of 15 matrices and vectors; expected dimension > 15, got 15"):
-        jpeft.IntrinsicDimension(dimension=15).chosen(model.sites)
+    with pytest.raises(ValueError, match="each of 19 matrices and vectors; expected dimension > 19, got 19"):
+        jpeft.IntrinsicDimension(dimension=19).chosen(model.sites)
 
 
 # ---- the search ----
