@@ -49,7 +49,11 @@ def test_a_classifier_gives_what_peft_s_gives(tmp_path):
     run = lambda t: jpeft.lift(apply)(method.bind(t, frozen), batch["tokens"], **options)
     loss = lambda t: (jnp.sin(out := run(t)).sum(), out)
     (_, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(trainable)
-    expected = theirs(input_ids=torch.from_numpy(tokens), attention_mask=torch.from_numpy(mask)).logits
+    # The encoder is called as PEFT calls it: transformers 5.24 renamed the argument that PEFT 0.21 looks for.
+    behind = torch.cat([torch.ones(2, 4, dtype=torch.long), torch.from_numpy(mask)], 1)
+    past = theirs.get_prompt(2)
+    encoded = bert.bert(input_ids=torch.from_numpy(tokens), attention_mask=behind, past_key_values=past)
+    expected = bert.classifier(encoded.pooler_output)
     torch.sin(expected).sum().backward()
     close(logits, expected.detach().numpy(), 1e-5)
     close(flat(grads), prompt.grad.numpy(), 1e-5)
