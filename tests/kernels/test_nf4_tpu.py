@@ -189,7 +189,6 @@ def test_large_weights_have_a_tile_on_every_chip(kind, transposed, rows, shape):
     ("product", "where", "reason"),
     [
         (Product(8, (64, 128)), Target("cpu", "cpu"), "runs on cpu"),
-        (Product(8, (64, 128)), Target("gpu", "NVIDIA H100"), "runs on gpu"),
         (Product(8, (64, 128)), Target("tpu", "TPU v4"), "runs on TPU v4"),
         (Product(8, (64, 128)), Target("tpu", "TPU v5 lite", 8), "over 8 devices"),
         (Product(8, (64, 128), dtype="float32"), ON_TPU, "product is in float32"),

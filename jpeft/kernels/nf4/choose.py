@@ -2,6 +2,7 @@
 
     "xla"    plain JAX, everywhere: the CPU path, the fallback, the oracle
     "tpu"    `tpu.matmul`, a Pallas kernel
+    "gpu"    `gpu.matmul`, a Pallas kernel, for few rows
 
 The platform is that of the mesh in context (`jax.set_mesh`, `shard_map`), else that of the default backend. So a
 program that is compiled on a CPU host for a TPU is traced under `jax.set_mesh` with a mesh of that TPU. XLA cannot
@@ -18,11 +19,13 @@ from typing import Any
 import jax
 from jax.sharding import AxisType
 
-from jpeft.kernels.nf4 import tpu
+from jpeft.kernels.nf4 import gpu, tpu
 
 __all__ = ["IMPLEMENTATIONS", "Choice", "Product", "Target", "choose", "target", "why"]
 
-IMPLEMENTATIONS = ("xla", "tpu")
+IMPLEMENTATIONS = ("xla", "tpu", "gpu")
+PLATFORMS = {"tpu": "TPU", "gpu": "GPU"}  # that have a kernel, which goes by their name
+INTERPRETED = {"tpu": tpu.INTERPRETED, "gpu": gpu.INTERPRETED}  # the chip to play where there is none
 
 
 @dataclass(frozen=True)
@@ -57,20 +60,20 @@ class Choice:
 
     implementation: str
     why: str
-    chip: tpu.Chip | None = None
+    chip: tpu.Chip | gpu.Chip | None = None
 
 
 def target() -> Target:
     """What the program that is being traced will run on."""
     mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device
+    device = mesh.abstract_device
     if device is None:
         first = jax.devices()[0]
         platform, kind = first.platform, first.device_kind
     else:
         platform, kind = device.platform, device.device_kind
-    if mesh.empty:
-        return Target(platform, kind, jax.device_count())
+    if mesh.empty:  # or described by a device alone
+        return Target(platform, kind, jax.device_count() if device is None else 1)
     sizes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
     return Target(platform, kind, math.prod(size for size, kind in sizes if kind != AxisType.Manual))
 
@@ -83,7 +86,7 @@ def choose(
     Args:
         where: what it will run on; `target()` where None.
         implementation: the one that is asked for; the best that can take the product where None.
-        interpret: run the kernel as plain JAX, on any platform.
+        interpret: run the kernel as plain JAX, on any platform: the one that is asked for, or the TPU's.
 
     Raises:
         ValueError: an unknown implementation, or one that is asked for and cannot take the product.
@@ -92,7 +95,9 @@ def choose(
         >>> choose(Product(2048, (4096, 4096)), Target("tpu", "TPU v6 lite")).implementation
         'tpu'
         >>> choose(Product(2048, (4096, 4096)), Target("cpu", "cpu")).why
-        'the product runs on cpu, and the kernel on a TPU'
+        'the product runs on cpu, and the kernels on a TPU or GPU'
+        >>> choose(Product(2048, (4096, 4096)), Target("gpu", "NVIDIA H200")).why
+        'beyond 256 rows, decoding once and multiplying with cuBLAS is taken to be faster'
     """
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"expected implementation among {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
@@ -101,15 +106,19 @@ def choose(
             raise ValueError("interpret=True runs a kernel as plain JAX, and implementation='xla' has none")
         return Choice("xla", "it was asked for")
     where = where or target()
-    chip = tpu.CHIPS.get(where.device_kind, tpu.INTERPRETED if interpret else None)
-    against = None if interpret else _against_kernels(where, chip)
+    kernel = implementation or (where.platform if where.platform in PLATFORMS and not interpret else "tpu")
+    asked = implementation is not None or interpret
+    chip = _chip(kernel, where.device_kind) or (INTERPRETED[kernel] if interpret else None)
+    against = None if interpret else _against_kernels(where, kernel, chip)
     if against is None and chip is not None:
-        p = product
-        against = tpu.unfit(chip, p.rows, p.shape, p.block_size, p.transposed, p.dtype, p.rounded)
+        against = _against_product(product, chip) or (None if asked else _against_rows(product, chip))
     if against is None:
-        return Choice("tpu", f"the kernel decodes in VMEM of {where.device_kind}", chip)
-    if implementation == "tpu" or interpret:
-        raise ValueError(f"implementation='tpu' cannot take this product: {against}; leave it out to fall back to XLA")
+        place = "VMEM" if kernel == "tpu" else "registers"
+        return Choice(kernel, f"the kernel decodes in {place} of {where.device_kind}", chip)
+    if asked:
+        raise ValueError(
+            f"implementation={kernel!r} cannot take this product: {against}; leave it out to fall back to XLA"
+        )
     return Choice("xla", against)
 
 
@@ -124,15 +133,36 @@ def why(product: Product, where: Target | None = None) -> str:
     return f"{choice.implementation}: {choice.why}"
 
 
-def _against_kernels(where: Target, chip: tpu.Chip | None) -> str | None:
-    """Why no kernel can run there; None where one can."""
-    if where.platform != "tpu":
-        return f"the product runs on {where.platform}, and the kernel on a TPU"
+def _chip(kernel: str, device_kind: str) -> tpu.Chip | gpu.Chip | None:
+    return tpu.CHIPS.get(device_kind) if kernel == "tpu" else gpu.chip_of(device_kind)
+
+
+def _against_kernels(where: Target, kernel: str, chip: tpu.Chip | gpu.Chip | None) -> str | None:
+    """Why the kernel cannot run there; None where it can."""
+    if where.platform not in PLATFORMS:
+        return f"the product runs on {where.platform}, and the kernels on a {' or '.join(PLATFORMS.values())}"
+    if where.platform != kernel:
+        return f"the product runs on {where.platform}, and the kernel on a {PLATFORMS[kernel]}"
     if chip is None:
-        return f"the kernel is made for {', '.join(tpu.CHIPS)}, and the product runs on {where.device_kind}"
+        chips = ", ".join(tpu.CHIPS if kernel == "tpu" else gpu.CHIPS)
+        return f"the kernel is made for {chips}, and the product runs on {where.device_kind}"
     if where.devices > 1:
         return (
             f"the compiler may partition the product over {where.devices} devices, and cannot partition a kernel; "
             "use shard_map, or jax.set_mesh with a mesh of one device"
         )
     return None
+
+
+def _against_product(p: Product, chip: tpu.Chip | gpu.Chip) -> str | None:
+    """Why the kernel cannot take the product; None where it can."""
+    if isinstance(chip, gpu.Chip):
+        return gpu.unfit(p.rows, p.shape, p.block_size, p.dtype, p.rounded)
+    return tpu.unfit(chip, p.rows, p.shape, p.block_size, p.transposed, p.dtype, p.rounded)
+
+
+def _against_rows(product: Product, chip: tpu.Chip | gpu.Chip) -> str | None:
+    """Why XLA takes what the kernel could; None where it does not."""
+    if not isinstance(chip, gpu.Chip) or product.rows <= gpu.ROWS[chip.name]:
+        return None
+    return f"beyond {gpu.ROWS[chip.name]} rows, decoding once and multiplying with cuBLAS is taken to be faster"

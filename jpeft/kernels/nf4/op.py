@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jpeft.kernels.nf4 import choose, reference, tpu
+from jpeft.kernels.nf4 import choose, gpu, reference, tpu
 
 __all__ = ["nf4_matmul"]
 
@@ -60,16 +60,16 @@ def nf4_matmul(
         dtype: of both operands of the product; x's own where None.
         precision: as in `lax.dot_general`.
         result: dtype of the result; x's own where None.
-        implementation: "xla", or "tpu" for the Pallas kernel, in both directions; None takes what `choose` finds best
-            for each, and `choose.why` says why.
-        interpret: run the kernel as plain JAX, on any platform; slow, for tests.
+        implementation: "xla", or "tpu" or "gpu" for a Pallas kernel, in both directions; None takes what `choose` finds
+            best for each, and `choose.why` says why.
+        interpret: run the kernel as plain JAX, on any platform; slow, for tests. The TPU's unless "gpu" is asked for.
 
     Raises:
         ValueError: an implementation that cannot take the product, forward or backward.
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from jpeft.kernels.nf4 import choose, reference, tpu
+        >>> from jpeft.kernels.nf4 import choose, gpu, reference, tpu
         >>> codes, scales = reference.quantize(jax.random.normal(jax.random.key(0), (128, 8)))
         >>> nf4_matmul(jnp.ones((2, 128)), codes, scales).shape
         (2, 8)
@@ -97,10 +97,11 @@ def _product(how: _How, x, packed):
     plain = functools.partial(_in_xla, how)
     if choice.chip is None:
         return plain(x, packed)
-    kernel = functools.partial(_in_kernel, how, choice.chip)
+    kernel = functools.partial(_in_kernel, how, choice)
     if how.implementation or how.interpret:
         return kernel(x, packed)
-    return lax.platform_dependent(x, packed, tpu=kernel, default=plain)
+    platform = {"tpu": "tpu", "gpu": "cuda"}[choice.implementation]
+    return lax.platform_dependent(x, packed, **{platform: kernel}, default=plain)
 
 
 def _in_xla(how: _How, x, packed):
@@ -110,20 +111,20 @@ def _in_xla(how: _How, x, packed):
     return lax.dot_general(x.astype(how.dtype), w, dims, precision=how.precision, preferred_element_type=how.result)
 
 
-def _in_kernel(how: _How, chip: tpu.Chip, x, packed):
+def _in_kernel(how: _How, choice: choose.Choice, x, packed):
     codes, scales, nested, offset = packed
     if nested is not None and offset is not None:
         scales = reference.dequantize_scales(scales, nested, offset)
-    y = _kernel(how, chip)(x.astype(how.dtype).reshape(-1, x.shape[-1]), codes, scales)
+    y = _kernel(how, choice)(x.astype(how.dtype).reshape(-1, x.shape[-1]), codes, scales)
     return y.reshape(*x.shape[:-1], -1)
 
 
 @functools.cache
-def _kernel(how: _How, chip: tpu.Chip):
+def _kernel(how: _How, choice: choose.Choice):
     """The kernel under a `vmap` that knows: more of x alone are more rows, and its weights are decoded once."""
     kernel = functools.partial(
-        tpu.matmul,
-        chip=chip,
+        {"tpu": tpu.matmul, "gpu": gpu.matmul}[choice.implementation],
+        chip=choice.chip,
         codebook=tuple(reference.CODEBOOKS[how.codebook].tolist()),
         block_size=how.block_size,
         transposed=how.transposed,
