@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from jpeft.kernels.nf4 import choose, gpu, reference
+from jpeft.kernels.nf4 import choose, gpu, gpu_registers, reference
 from jpeft.kernels.nf4.choose import Product, Target
+from jpeft.kernels.nf4.gpu_registers import ACROSS, STRIP, Order
 from jpeft.kernels.nf4.op import nf4_matmul
 
 H100 = gpu.CHIPS["H100"]
@@ -75,24 +76,32 @@ def test_pieces_of_the_reduction_are_summed(transposed, shape):
     close(ours, x @ (w.T if transposed else w), "bfloat16")
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_every_thread_has_the_codes_and_scales_of_the_weights_it_hands_over(transposed):
-    """What a thread's registers hold is Mosaic's to say; which of them it decodes is said once for all threads."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
+def test_many_rows_have_the_weight_decoded_once():
+    codes, scales = packed((128, 256), 128)
+    w = reference.dequantize(codes, scales, block_size=128, dtype="bfloat16")
+    options = {"codebook": TABLE, "block_size": 128, "interpret": True}
+    assert np.array_equal(gpu.decode(codes, scales, **options), w)
+    g = normal(1, gpu.ROWS["H100"] + 1, 256, dtype="bfloat16")
+    traced = jax.make_jaxpr(functools.partial(gpu.matmul, chip=H100, transposed=True, **options))(g, codes, scales)
+    assert "dot_general" in str(traced)
+    close(gpu.matmul(g, codes, scales, chip=H100, transposed=True, **options), g @ w.T, "bfloat16")
 
-    held, scaled, operand = (each.to_mgpu() for each in (*gpu.layouts(transposed), plgpu.Layout.WGMMA))
-    shape = (gpu.STRIP, gpu.ACROSS)
-    codes, scales = holdings(held, shape), holdings(scaled, shape[1:])
-    names = gpu.renamed(np.arange(gpu.STRIP * gpu.ACROSS).reshape(shape), transposed)
-    names = names if transposed else names.T
-    wanted = holdings(operand, names.shape)
-    sources = gpu.sources(transposed, held, scaled, operand)
-    assert sources.keys() == wanted.keys() and len(sources) * 2 * 128 == names.size
-    for register, both in sources.items():
-        for one, (word, neighbour, scale, element) in enumerate(both):
-            weight = names.reshape(-1)[wanted[register] + one]
+
+@pytest.mark.parametrize("order", Order)
+def test_every_thread_has_the_codes_and_scales_of_the_weights_it_hands_over(order):
+    """What a thread's registers hold is Mosaic's to say; which of them it decodes is said once for all threads."""
+    held, scaled, wanted = (each.to_mgpu() for each in gpu_registers.layouts(order))
+    codes, scales = holdings(held, (STRIP, ACROSS)), holdings(scaled, (ACROSS,))
+    names = gpu_registers.renamed(np.arange(STRIP * ACROSS).reshape(STRIP, ACROSS), order)
+    names = names.T if order is Order.ROWS else names
+    registers = holdings(wanted, names.shape)
+    sources = gpu_registers.sources(order, held, scaled, wanted)
+    assert sources.keys() == registers.keys() and sum(map(len, sources.values())) * 128 == names.size
+    for register, each in sources.items():
+        for one, (word, neighbour, scale, element) in enumerate(each):
+            weight = names.reshape(-1)[registers[register] + one]
             np.testing.assert_array_equal(codes[word] + neighbour, weight)
-            np.testing.assert_array_equal(scales[scale] + element, weight % gpu.ACROSS)
+            np.testing.assert_array_equal(scales[scale] + element, weight % ACROSS)
 
 
 def holdings(layout, shape) -> dict[tuple, np.ndarray]:
@@ -109,9 +118,9 @@ def holdings(layout, shape) -> dict[tuple, np.ndarray]:
     return {n: first + sum(i * stride for i, stride in zip(n, strides, strict=True)) for n in registers}
 
 
-def test_y_s_columns_are_put_back():
+def test_rows_are_put_back():
     names = np.arange(512).reshape(1, 512)
-    assert np.array_equal(gpu._unrenamed(gpu.renamed(names, False)), names)
+    assert np.array_equal(gpu_registers.restored(gpu_registers.renamed(names, Order.ROWS)), names)
 
 
 # ---- through the op ----

@@ -8,18 +8,9 @@ tile (transposed product) or its transpose (forward). So no weight is written an
 side of the product. The grid is (tiles of y's columns, pieces of the reduction, tiles of rows); the pieces' float32
 sums are added by XLA, in the same order every time.
 
-**Lookup.** A weight must be bfloat16(float32 table · float32 scale), to the bit, and the memory brings 8 weights in the
-time of 30 to 40 instructions of a lane. Sixteen float32 entries lie in the lanes of a warp, one each, and a weight is
-one shuffle whose source lane is its code (the shuffle reads four bits of a word of eight codes, so a shift is all the
-unpacking), one multiplication by its scale and half a packing to bfloat16. A tree of fifteen selects, the same thing in
-Pallas's own operations, takes four times the instructions; a gather Pallas does not have there.
-
-**Layout.** WGMMA wants four values of the reduction and two of y's columns in a thread; codes come eight outputs to a
-word. Instead of exchanging codes between threads, each thread calls the ones that it has by the names that WGMMA
-expects: y's columns (forward) or the order of summation (transposed) are permuted, `renamed` is that permutation, and
-the few rows of x or y are permuted outside to match.
-
-**Many rows** are XLA's: it decodes in one fusion and multiplies with cuBLAS. `ROWS` says from where on.
+How they are decoded: `gpu_registers`, in four instructions a weight, where the memory of an H200 brings a weight in the
+time of three to four. With many rows (beyond `ROWS`) the weight is decoded once, by a kernel of its own, and multiplied
+by cuBLAS; XLA does that alone too, in one fusion of 28 instructions a weight, and is taken for it unasked.
 
 Only compute capability 9.0 has these instructions: compiling the kernel for an A100 aborts the process, and Blackwell
 has other ones. So it is made for the device kinds in `CHIPS` and refused for all others.
@@ -30,24 +21,21 @@ Shapes: x (rows, in), codes (in, out) uint4, scales (in / block_size, out) float
 from __future__ import annotations
 
 import functools
-import inspect
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from jpeft.kernels.nf4 import reference
+from jpeft.kernels.nf4.gpu_registers import ACROSS, STRIP, Order, decoded, renamed, restored
 
-__all__ = ["CHIPS", "ROWS", "TILES", "Chip", "Tile", "chip_of", "matmul", "renamed", "tile_for", "unfit"]
+__all__ = ["CHIPS", "ROWS", "TILES", "Chip", "Tile", "chip_of", "decode", "matmul", "tile_for", "unfit"]
 
-STRIP = 64  # inputs of one step: a block has the same scales over all of them
-ACROSS = 256  # outputs of one step: eight to a thread in a group of four, sixteen bytes at a time in shared memory
+AXES = ("columns", "piece", "rows")  # of the grid
+DECODED = 4  # tiles that one piece of the grid decodes, where no weight is multiplied
 WIDTHS = (8, 16, 32, 64)  # rows of one tile, by what there are: more of them leave no registers
 
 
@@ -153,246 +141,174 @@ def matmul(
 
     Args:
         codebook: the 16 entries, in code order.
-        tile: what one tile takes; `tile_for`'s where None.
+        tile: what one tile takes, however many rows there are; where None, `tile_for`'s up to `ROWS`, and beyond it the
+            weight is decoded once.
         interpret: run as plain JAX, on any platform.
     """
-    (n_in, n_out), rows = codes.shape, x.shape[0]
+    rows = x.shape[0]
+    if tile is None and rows > ROWS[chip.name]:
+        w = decode(codes, scales, codebook=codebook, block_size=block_size, interpret=interpret)
+        dims = (((1,), (1 if transposed else 0,)), ((), ()))
+        return lax.dot_general(x, w, dims, preferred_element_type=result)
     tile = tile or tile_for(chip, rows, codes.shape, transposed)
-    columns = n_in if transposed else n_out
     tiles, steps = _steps(codes.shape, transposed)
     assert steps % tile.pieces == 0, (tile, codes.shape)
     high = -(-rows // tile.rows)
     x = jnp.pad(x, ((0, high * tile.rows - rows), (0, 0)))
-    if transposed:
-        x = renamed(x, transposed)
-    call = _Call(tuple(codebook), block_size, transposed, tile, steps // tile.pieces, interpret)
-    sums = jax.ShapeDtypeStruct((tile.pieces, columns, high * tile.rows), jnp.float32)
-    y = _run(call, sums, (tiles, tile.pieces, high), x, codes, scales).sum(0).T[:rows]
-    return (y if transposed else _unrenamed(y)).astype(result)
+    order = Order.SUMS if transposed else Order.ROWS
+    call = _Call(codebook, block_size, order, tile.rows, steps // tile.pieces, min(tile.ahead, steps), interpret)
+    sums = jax.ShapeDtypeStruct((tile.pieces, tiles * call.columns, high * tile.rows), jnp.float32)
+    scratch: dict[str, _Shared] = {"out": ((call.columns, tile.rows), jnp.float32, min(4 * tile.rows, 128))}
+    if interpret:
+        scratch["played"] = (call.columns, call.along), jnp.bfloat16, None
+        scratch["played_x"] = (call.along, tile.rows), jnp.bfloat16, None
+    operands = renamed(x, order) if transposed else x, codes, scales
+    y = _run(_multiply, call, sums, scratch, (tiles, tile.pieces, high), *operands).sum(0).T[:rows]
+    return (y if transposed else restored(y)).astype(result)
 
 
-def renamed(tile: Any, transposed: bool) -> Any:
-    """The last axis of a decoded tile, its outputs, in the order in which the kernel calls them.
-
-    Transposed: of each 32 outputs, the eight that a thread has stand for the 2t, 2t+1, 2t+8 and 2t+9 of two products
-    along 16 of the reduction. Forward: of each 256, the eight that a thread has stand for two rows, 8 apart, of four
-    products of 64 of y's columns.
-    """
-    *lead, outputs = tile.shape
-    if transposed:
-        by_thread = tile.reshape(*lead, -1, 4, 2, 2, 2)  # (thread, product, half of it, one of two)
-        return by_thread.swapaxes(-4, -3).swapaxes(-3, -2).reshape(*lead, outputs)
-    by_thread = tile.reshape(*lead, -1, 4, 8, 4, 2)  # (warp, thread, product, row of two)
-    return by_thread.swapaxes(-3, -2).swapaxes(-4, -3).swapaxes(-2, -1).reshape(*lead, outputs)
+@functools.partial(jax.jit, static_argnames=("codebook", "block_size", "interpret"))
+def decode(
+    codes: jax.Array, scales: jax.Array, *, codebook: tuple[float, ...], block_size: int = 64, interpret: bool = False
+) -> jax.Array:
+    """W (in, out), bfloat16, for shapes that `unfit` finds nothing against."""
+    strips, across = _steps(codes.shape, transposed=True)
+    pieces = next(n for n in range(-(-across // DECODED), across + 1) if across % n == 0)
+    call = _Call(codebook, block_size, Order.LYING, STRIP, across // pieces, 4, interpret)
+    w = jax.ShapeDtypeStruct(codes.shape, jnp.bfloat16)
+    scratch: dict[str, _Shared] = {"out": ((2, STRIP, ACROSS), jnp.bfloat16, 128)}
+    return _run(_write, call, w, scratch, (strips, pieces, 1), codes, scales)
 
 
-def _unrenamed(tile):
-    """The inverse of `renamed`, forward."""
-    *lead, outputs = tile.shape
-    by_product = tile.reshape(*lead, -1, 4, 4, 2, 8)
-    return by_product.swapaxes(-2, -1).swapaxes(-4, -3).swapaxes(-3, -2).reshape(*lead, outputs)
+_Shared = tuple[tuple[int, ...], Any, int | None]  # shape, dtype and swizzle of an array in shared memory
 
 
 @dataclass(frozen=True)
 class _Call:
-    """What the kernel's body must know besides its references."""
+    """What a kernel's body must know besides its references."""
 
     codebook: tuple[float, ...]
     block_size: int
-    transposed: bool
-    tile: Tile
-    steps: int  # of one piece of the reduction
+    order: Order
+    rows: int
+    steps: int  # of one piece
+    ahead: int
     interpret: bool
 
+    @property
+    def columns(self) -> int:
+        """Of y, in a tile."""
+        return ACROSS if self.order is Order.ROWS else STRIP
 
-def _run(call: _Call, sums, grid, *operands):
-    """The kernel's float32 sums (pieces, y's columns, rows) of x, codes and scales."""
+    @property
+    def along(self) -> int:
+        """The reduction, in a tile."""
+        return STRIP if self.order is Order.ROWS else ACROSS
+
+    def tile(self, n):
+        """Where the n-th step's codes are, in tiles."""
+        column, step = lax.axis_index("columns"), lax.axis_index("piece") * self.steps + n
+        return (step, column) if self.order is Order.ROWS else (column, step)
+
+    def block(self, n):
+        """Where their scales are."""
+        strip, across = self.tile(n)
+        return lax.div(strip, jnp.int32(self.block_size // STRIP)), across
+
+
+def _multiply(call: _Call, x_ref, codes_ref, scales_ref, sums_ref, out, played=None, played_x=None) -> None:
+    """One piece of the reduction, for one tile of y's columns and one of rows."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    columns, along = (STRIP, ACROSS) if call.transposed else (ACROSS, STRIP)
-    swizzled = _swizzled(32, min(4 * call.tile.rows, 128))
-    scratch = [plgpu.SMEM((columns, call.tile.rows), jnp.float32, transforms=swizzled)]
-    if call.interpret:
-        scratch += [plgpu.SMEM(shape, jnp.bfloat16) for shape in ((columns, along), (along, call.tile.rows))]
+    column, piece, row = (lax.axis_index(name) for name in AXES)
+
+    @functools.partial(pl.run_scoped, sums=plgpu.WGMMAAccumulatorRef(out.shape, jnp.float32))
+    def _(sums):
+        def step(_, x, codes, scales):
+            weights = decoded(codes, scales, call.codebook, call.order, call.interpret)
+            if played is None or played_x is None:
+                plgpu.wgmma(sums, weights, x.transpose((1, 0)))
+            else:  # the simulation multiplies what is in shared memory, as it lies there
+                played[...], played_x[...] = weights, x[...].T
+                plgpu.wgmma(sums, played, played_x)
+            plgpu.wgmma_wait(0)
+
+        of_x = plgpu.BlockSpec(
+            (call.rows, call.along), lambda n: (row, piece * call.steps + n), transforms=_swizzled(jnp.bfloat16)
+        )
+        _pipeline(call, step, [of_x])(x_ref, codes_ref, scales_ref)
+        out[...] = sums[...]
+        plgpu.commit_smem()
+        columns, rows = pl.ds(column * call.columns, call.columns), pl.ds(row * call.rows, call.rows)
+        plgpu.copy_smem_to_gmem(out, sums_ref.at[piece, columns, rows])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _write(call: _Call, codes_ref, scales_ref, w_ref, out) -> None:
+    """One piece of a strip of the weight. One tile is decoded while the other of two is copied out."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def step(index, codes, scales):
+        [n] = index
+        here = out.at[lax.rem(n, 2)]
+        weights = decoded(codes, scales, call.codebook, call.order, call.interpret)
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        here[...] = weights
+        plgpu.commit_smem()
+        strip, across = call.tile(n)
+        plgpu.copy_smem_to_gmem(here, w_ref.at[pl.ds(strip * STRIP, STRIP), pl.ds(across * ACROSS, ACROSS)])
+
+    _pipeline(call, step, [])(codes_ref, scales_ref)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _pipeline(call: _Call, step, before: list):
+    """The steps of a piece, each over what the copy engine has brought: `before`, a tile of codes and its scales."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.emit_pipeline(
+        step,
+        grid=(call.steps,),
+        in_specs=[
+            *before,
+            plgpu.BlockSpec((STRIP, ACROSS), call.tile, transforms=_swizzled(jnp.uint4)),
+            plgpu.BlockSpec((1, ACROSS), call.block),
+        ],
+        max_concurrent_steps=min(call.ahead, call.steps),
+    )
+
+
+def _swizzled(dtype, swizzle: int = 128):
+    """How arrays lie in shared memory, such that neither WGMMA nor a thread's own loads meet bank conflicts."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    bits = jax.dtypes.itemsize_bits(dtype)
+    return plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)
+
+
+def _run(body, call: _Call, out, scratch: dict[str, _Shared], grid, *operands):
+    """What the kernel writes."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    name = {Order.LYING: "nf4_decode", Order.ROWS: "nf4_matmul", Order.SUMS: "nf4_matmul_transposed"}[call.order]
     kernel = functools.partial(
         plgpu.kernel,
-        functools.partial(_body, call),
-        out_type=sums,
-        scratch_types=scratch,
+        functools.partial(body, call),
+        out_type=out,
+        scratch_types={
+            name: plgpu.SMEM(shape, dtype, transforms=_swizzled(dtype, swizzle) if swizzle else ())
+            for name, (shape, dtype, swizzle) in scratch.items()
+        },
         grid=grid,
-        grid_names=("columns", "piece", "rows"),
+        grid_names=AXES,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        kernel_name="nf4_matmul_transposed" if call.transposed else "nf4_matmul",
+        kernel_name=name,
     )
     if not call.interpret:
         return kernel()(*operands)
     played = AbstractDevice(device_kind=f"NVIDIA {INTERPRETED.name}", num_cores=INTERPRETED.cores, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=played)):
         return kernel(interpret=_interpreter())(*operands)
-
-
-def _swizzled(bits: int, swizzle: int):
-    """How arrays lie in shared memory, such that neither WGMMA nor a thread's own loads meet bank conflicts."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    return plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)
-
-
-def _body(call: _Call, x_ref, codes_ref, scales_ref, sums_ref, out_ref, *played_ref) -> None:
-    """One piece of the reduction, for one tile of y's columns and one of rows."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    column, piece, row = (lax.axis_index(name) for name in ("columns", "piece", "rows"))
-    columns, along = (STRIP, ACROSS) if call.transposed else (ACROSS, STRIP)
-    here = lambda n: piece * call.steps + n
-    at = (lambda n: (column, here(n))) if call.transposed else (lambda n: (here(n), column))
-
-    def block(n):  # of scales
-        strip, across = at(n)
-        return lax.div(strip, jnp.int32(call.block_size // STRIP)), across
-
-    @functools.partial(pl.run_scoped, acc_ref=plgpu.WGMMAAccumulatorRef(out_ref.shape, jnp.float32))
-    def _(acc_ref):
-        def step(_, x_tile, codes_tile, scales_tile):
-            weights = _decode(call, codes_tile, scales_tile)
-            if call.interpret:  # which multiplies what is in shared memory, as it lies there
-                played_ref[0][...], played_ref[1][...] = weights, x_tile[...].T
-                plgpu.wgmma(acc_ref, *played_ref)
-            else:
-                plgpu.wgmma(acc_ref, weights, x_tile.transpose((1, 0)))
-            plgpu.wgmma_wait(0)
-
-        plgpu.emit_pipeline(
-            step,
-            grid=(call.steps,),
-            in_specs=[
-                plgpu.BlockSpec((call.tile.rows, along), lambda n: (row, here(n)), transforms=_swizzled(16, 128)),
-                plgpu.BlockSpec((STRIP, ACROSS), at, transforms=_swizzled(4, 128)),
-                plgpu.BlockSpec((1, ACROSS), block),
-            ],
-            max_concurrent_steps=min(call.tile.ahead, call.steps),
-        )(x_ref, codes_ref, scales_ref)
-        out_ref[...] = acc_ref[...]
-        plgpu.commit_smem()
-        to = sums_ref.at[piece, pl.ds(column * columns, columns), pl.ds(row * call.tile.rows, call.tile.rows)]
-        plgpu.copy_smem_to_gmem(out_ref, to)
-        plgpu.wait_smem_to_gmem(0)
-
-
-def _decode(call: _Call, codes_tile, scales_tile):
-    """WGMMA's first operand, bfloat16: the tile (STRIP, ACROSS), or its transpose forward, with outputs `renamed`."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    table = np.array(call.codebook, np.float32)
-    if call.interpret:
-        weights = reference.lookup(codes_tile[...], table) * scales_tile[...]
-        weights = renamed(weights.astype(jnp.bfloat16), call.transposed)
-        return weights if call.transposed else weights.T
-    held, scaled = layouts(call.transposed)
-    shape = (STRIP, ACROSS) if call.transposed else (ACROSS, STRIP)
-    decode = plgpu.inline_mgpu(
-        arg_types=(held, scaled),
-        return_type=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, layout=plgpu.Layout.WGMMA),
-    )(functools.partial(_decode_registers, table, call.transposed))
-    codes = _load(codes_tile, (slice(None), slice(None)), layout=held)
-    return decode(codes, _load(scales_tile, (0, slice(None)), layout=scaled))
-
-
-def layouts(transposed: bool):
-    """Which codes (STRIP, ACROSS) and which of their scales (ACROSS,) a thread has: eight neighbouring outputs, spread
-    over the warps by inputs where WGMMA's rows are inputs, and by outputs where they are outputs."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    layout, replicated = plgpu.Layout.TILED, plgpu.Replicated
-    if transposed:  # (thread of four, half of its neighbours, neighbour), the same for all eight fours of all warps
-        scaled = plgpu.Tiling(((32,), (8,), (4,)))
-        by_thread = layout(scaled, warp_dims=(replicated(4),), lane_dims=(replicated(8), -3), vector_dim=-1)
-        return plgpu.Layout.WGMMA_UPCAST_4X, by_thread
-    held = plgpu.Tiling(((16, ACROSS), (8, 64), (2, 8)))  # (half, warp, thread of four, four, one of two, neighbour)
-    scaled = plgpu.Tiling(((ACROSS,), (64,), (8,), (4,)))  # (warp, four, half of its neighbours, neighbour)
-    by_four = layout(scaled, warp_dims=(-4,), lane_dims=(-3, replicated(4)), vector_dim=-1)
-    return layout(held, warp_dims=(-5,), lane_dims=(-3, -4), vector_dim=-1), by_four
-
-
-def _decode_registers(table: np.ndarray, transposed: bool, _, codes, scales):
-    """`_decode` on the registers of a thread, as Mosaic keeps them."""
-    from jax.experimental.mosaic import gpu as mosaic
-    from jax.experimental.mosaic.gpu import utils
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import arith, llvm, vector
-
-    i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-    pair = ir.VectorType.get((2,), f32)
-    constant = lambda n: arith.constant(i32, ir.IntegerAttr.get(i32, n))
-    position = lambda n: {"dynamic_position": [], "static_position": ir.DenseI64ArrayAttr.get([n])}
-
-    lane = utils.thread_idx()
-    entries = [arith.constant(f32, ir.FloatAttr.get(f32, float(entry))) for entry in table]
-    for bit in range(4):  # the lane's own entry
-        is_set = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(lane, constant(1 << bit)), constant(0))
-        entries = [arith.select(is_set, high, low) for low, high in zip(entries[::2], entries[1::2], strict=True)]
-    [entry] = entries
-    words = {n: utils.bitcast(word, i32) for n, word in np.ndenumerate(codes.registers)}
-
-    def weight(word, neighbour, scale, element):
-        code = arith.shrui(words[word], constant(4 * neighbour)) if neighbour else words[word]
-        return arith.mulf(_shuffle(entry, code), vector.extract(scales.registers[scale], **position(element)))
-
-    shape = codes.shape if transposed else codes.shape[::-1]
-    registers = np.empty(mosaic.WGMMA_LAYOUT.registers_shape(shape), dtype=object)
-    for n, both in sources(transposed, codes.layout, scales.layout, mosaic.WGMMA_LAYOUT).items():
-        weights = llvm.mlir_undef(pair)
-        for one, source in enumerate(both):
-            weights = vector.insert(weight(*source), weights, **position(one))
-        registers[n] = arith.truncf(ir.VectorType.get((2,), ir.BF16Type.get()), weights)
-    return mosaic.FragmentedArray(_registers=registers, _layout=mosaic.WGMMA_LAYOUT, _is_signed=None)
-
-
-def sources(transposed: bool, held, scaled, operand) -> dict[tuple, list[tuple]]:
-    """What a thread makes each of WGMMA's registers from: for both of its weights (register of codes, which of the
-    eight in it, register of scales, which of the four in it), the same for every thread."""
-    words = {at: n for n, at in _places(held, (STRIP, ACROSS))}
-    scales = {at: n for n, at in _places(scaled, (ACROSS,))}
-    named = renamed(np.arange(STRIP * ACROSS).reshape(STRIP, ACROSS), transposed)
-    named = named if transposed else named.T
-
-    def source(name):
-        strip, output = divmod(int(name), ACROSS)
-        return words[strip, output // 8 * 8], output % 8, scales[output // 4 * 4,], output % 4
-
-    return {n: [source(named[m, k + one]) for one in range(2)] for n, (m, k) in _places(operand, named.shape)}
-
-
-def _places(layout, shape):
-    """`(register, coordinates of its first element)` for the first thread of a warpgroup."""
-    strides = layout.tiling.tile_strides(tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape))))
-    for n in np.ndindex(*layout.registers_shape(shape)):
-        at = np.unravel_index(sum(i * stride for i, stride in zip(n, strides, strict=True)), shape)
-        yield n, tuple(int(i) for i in at)
-
-
-def _shuffle(value, lane):
-    """The value of the lane of this half of a warp that the lowest four bits of `lane` say: the operand after it holds
-    the lanes that a shuffle stays among (bits 8 to 12) and the last of them."""
-    from jax.experimental.mosaic.gpu import utils
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import arith, nvvm
-
-    i32 = ir.IntegerType.get_signless(32)
-    everyone, half = (arith.constant(i32, ir.IntegerAttr.get(i32, n)) for n in (-1, 0x101F))
-    operands = everyone, value, lane, half, nvvm.ShflKind.idx
-    if typed := getattr(utils, "nvvm_shfl_sync", None):  # JAX 0.10: the type of the result comes first
-        return typed(value.type, *operands)
-    return nvvm.shfl_sync(*operands)
-
-
-def _load(tile, index, layout):
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    load: Any = plgpu.load
-    if "idx" in inspect.signature(load).parameters:  # JAX 0.10
-        return load(tile, index, layout=layout)
-    return load(tile.at[index], layout=layout)
 
 
 def _interpreter():
