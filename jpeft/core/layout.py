@@ -11,11 +11,14 @@ Parts of size one may be hidden: they belong to no view axis.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import jax
+import numpy as np
 from jax import lax
 
-__all__ = ["Layout"]
+__all__ = ["Layout", "taken"]
 
 Part = tuple[int, int]  # (base axis, which part of it)
 
@@ -119,3 +122,10 @@ class Layout:
         if permutation != sorted(permutation):
             array = lax.transpose(array, permutation)
         return array if array.shape == self.shape else array.reshape(self.shape)
+
+
+def taken(fn: Callable, size: int) -> np.ndarray | None:
+    """The places that `fn(array, axis)`, a cut, takes of an axis; None where they are known only when it runs."""
+    with jax.ensure_compile_time_eval():
+        value = fn(np.arange(size), 0)
+    return None if isinstance(value, jax.core.Tracer) else np.asarray(value)

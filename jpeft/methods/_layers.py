@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-
-import jax
-import numpy as np
+from collections.abc import Iterable
 
 from jpeft.core.sites import Site
 
-__all__ = ["LAYER", "check_pattern", "last_layers", "place", "taken"]
+__all__ = ["LAYER", "check_pattern", "last_layers", "place"]
 
 LAYER = r"(?:^|[/_.])(\d+)(?=/)"
 """A regex whose first group is the layer's number in a path."""
@@ -46,10 +43,3 @@ def last_layers(sites: Iterable[Site], num_layers: int, pattern: str) -> dict[tu
         for stack, numbers in stacks.items()
         for number in numbers
     }
-
-
-def taken(fn: Callable, layers: int) -> np.ndarray | None:
-    """The numbers of the layers that `fn(array, axis)` takes of a stack; None where they are known when it runs."""
-    with jax.ensure_compile_time_eval():
-        value = fn(np.arange(layers), 0)
-    return None if isinstance(value, jax.core.Tracer) else np.asarray(value)

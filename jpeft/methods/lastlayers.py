@@ -18,11 +18,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from jpeft.core.layout import taken
 from jpeft.core.method import Selective
 from jpeft.core.sites import Site, Sites
 from jpeft.core.targets import Targets
 from jpeft.core.weight import Unfrozen, Weight, apply, dense, from_matrix, labels_of, static, to_matrix, weight
-from jpeft.methods._layers import LAYER, check_pattern, last_layers, place, taken
+from jpeft.methods._layers import LAYER, check_pattern, last_layers, place
 
 __all__ = ["LastLayers", "Tail"]
 

@@ -20,12 +20,13 @@ import jax.numpy as jnp
 
 from jpeft.core.biases import with_biases
 from jpeft.core.export import Export
+from jpeft.core.layout import taken
 from jpeft.core.method import Method
 from jpeft.core.ops import Add, Dot
 from jpeft.core.sites import AttentionSite, Site, Sites
 from jpeft.core.targets import Targets
 from jpeft.core.weight import Unfrozen, Weight, apply, dense, matrix_sizes, static, weight
-from jpeft.methods._layers import LAYER, check_pattern, last_layers, place, taken
+from jpeft.methods._layers import LAYER, check_pattern, last_layers, place
 
 __all__ = ["LLaMAAdapter"]
 
