@@ -3,9 +3,10 @@
 from jpeft.core.method import Method
 from jpeft.quant.fp4 import FP4
 from jpeft.quant.int8 import Int8
+from jpeft.quant.merging import requantize
 from jpeft.quant.nf4 import NF4
 
-__all__ = ["FP4", "NF4", "Int8", "quantizers"]
+__all__ = ["FP4", "NF4", "Int8", "quantizers", "requantize"]
 
 
 def quantizers() -> dict[str, type[Method]]:

@@ -28,7 +28,8 @@ class NormalFloat4(Blockwise):
 class NF4(FourBit):
     """Freeze the targets in 4-bit NormalFloat. `chain(NF4(), LoRA())` is QLoRA.
 
-    `merge` gives full precision. To compress what it gave, apply NF4 to it: `NF4().init(key, merge(bound), sites)`.
+    `merge` gives full precision; `jpeft.quant.requantize` compresses again, and says what that costs. A leaf that came
+    in NF4, as from a folder of bitsandbytes', stays as it came.
 
     Fields:
         block_size: inputs that share a scale; the last block of each output may be shorter.
@@ -37,7 +38,8 @@ class NF4(FourBit):
 
     Raises:
         ValueError: from the constructor: a block size below 2, a compute_dtype that is no float; from `init`: weights
-            that are not finite (not seen under `jit`), a leaf that a former method adapts.
+            that are not finite (not seen under `jit`), a leaf that a former method adapts or that came compressed in
+            another format or in pieces.
 
     Example:
         >>> import jpeft

@@ -16,6 +16,7 @@ from jpeft.core.method import Method
 from jpeft.core.ops import Gather
 from jpeft.core.sites import Site
 from jpeft.core.weight import Weight, from_matrix, labels_of, matrix_sizes, static, to_matrix, weight
+from jpeft.quant.pieces import Pieces
 
 __all__ = ["Packed", "Quantizer"]
 
@@ -109,6 +110,8 @@ def lead_of(w: Weight) -> tuple[int, ...]:
 class Quantizer(Method):
     """Base of the Methods that compress. Nothing trains in them: their trainable half is empty.
 
+    A leaf that came compressed in the method's own format stays as it came, its block size and scales included.
+
     Fields:
         compute_dtype: of products with the compressed weights; the activation's own where None.
 
@@ -134,6 +137,14 @@ class Quantizer(Method):
         object.__setattr__(self, "compute_dtype", dtype.name)
 
     def wrap(self, key, leaf, site: Site) -> Packed:
+        if isinstance(leaf, self.WEIGHT):  # as it came: again, at other block sizes, it would lose more
+            return leaf if self.compute_dtype is None else leaf.replace(compute_dtype=self.compute_dtype)
+        if isinstance(leaf, Packed | Pieces):
+            name, came = type(self).__name__, type(leaf).__name__
+            raise ValueError(
+                f"{site.path}: it came compressed, as {came}, and {name} would compress it once more; leave {name} "
+                "out, and the other methods adapt it as it is (LoRA on it is QLoRA)"
+            )
         if isinstance(leaf, Weight):
             raise ValueError(
                 f"{site.path}: {type(self).__name__} compresses the pretrained weights, and a {type(leaf).__name__} "
