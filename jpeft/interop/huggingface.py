@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import jax.numpy as jnp  # with it ml_dtypes, from which safetensors knows bfloa
 import numpy as np
 import safetensors
 
+from jpeft.interop import bitsandbytes, compressed, quantization_config
 from jpeft.interop.files import (
     Stored,
     header,
@@ -28,6 +29,8 @@ from jpeft.interop.files import (
     write_json,
     write_tensors,
 )
+from jpeft.quant.packed import Packed
+from jpeft.quant.pieces import Pieces
 
 __all__ = ["Tensor", "folder", "read", "write"]
 
@@ -57,6 +60,11 @@ class Tensor:
     def names(self, shape: Sequence[int]) -> list[str]:
         """The tensors that make up a leaf of this shape."""
         return [self.name.format(k) for k in range(shape[0])] if "{}" in self.name else [self.name]
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is the kernel of a linear layer."""
+        return self.path.split("/")[-1] == "kernel"
 
     def stored_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of each of them."""
@@ -89,8 +97,13 @@ def read(
     optional: Sequence[str] = (),
     dtype=None,
     shardings=None,
+    quantization: Mapping[str, Any] | None = None,
+    compute_dtype: str | None = None,
+    leaf_dtype: Any = "float32",
 ):
     """The tree of `shapes` (nested dictionaries) from a folder's safetensors, each leaf read straight into its shards.
+
+    What bitsandbytes compressed becomes packed Weights, which stay so: the tree goes through `lift`, or `merge`.
 
     Args:
         path: the folder.
@@ -100,13 +113,15 @@ def read(
         renamed: patterns of names by which tensors of the table may go too, each with its replacement, one after the
             other as `re.sub` does it.
         optional: patterns of paths whose leaves stay shapes where the folder has no tensors of their names and shapes.
-        dtype: of all leaves; each as stored where None.
+        dtype: of all dense leaves; each as stored where None.
         shardings: one sharding, or a tree of them; the first device where None.
+        quantization: the config's `quantization_config`, which says what is compressed; None where it has none.
+        compute_dtype, leaf_dtype: of compressed leaves, see `bitsandbytes.from_tensors`.
 
     Raises:
         FileNotFoundError: where the folder or one of its files is absent.
-        ValueError: on a truncated file, or tensors that are missing, left over or of another shape or kind, all
-            together.
+        ValueError: on a truncated file, or tensors that are missing, left over, of another shape or kind, or that
+            contradict their own description, all together.
     """
     path = folder(path)
     stored = _renamed(path, _headers(path), renamed)
@@ -115,7 +130,8 @@ def read(
     left = {p for p in wanted if any(re.search(o, p) for o in optional) and not _has(stored, rows[p], wanted[p].shape)}
     leaves = {p: leaf.shape for p, leaf in wanted.items() if p not in left}
     ignored = (*ignored, *(re.escape(name) + "$" for p in left for name in rows[p].names(wanted[p].shape)))
-    _check_tensors(path, rows, leaves, stored, ignored)
+    packed = compressed.find(stored)
+    _check_tensors(path, rows, leaves, stored, ignored, packed, quantization)
     if shardings is None:
         shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     if isinstance(shardings, jax.sharding.Sharding):
@@ -126,7 +142,13 @@ def read(
         if leaf_path in left:
             return jax.ShapeDtypeStruct(wanted[leaf_path].shape, dtype or wanted[leaf_path].dtype)
         row, shape = rows[leaf_path], leaves[leaf_path]
-        sources = [stored[name] for name in row.names(shape)]
+        names = row.names(shape)
+        if any(name in packed for name in names):
+            dense = lambda name: _dense_layer(row, shape, stored[name])
+            layers = [packed[name] if name in packed else dense(name) for name in names]
+            found = compressed.read(layers, names, "{}" in row.name, compute_dtype=compute_dtype, leaf_dtype=leaf_dtype)
+            return compressed.placed(found, placed[leaf_path])
+        sources = [stored[name] for name in names]
         target = dtype or jnp.result_type(*{DTYPES[source.dtype] for source in sources})
 
         def shard(index) -> np.ndarray:
@@ -171,6 +193,13 @@ def _read_shard(row: Tensor, shape, sources: list[Stored], index, dtype) -> np.n
     return out
 
 
+def _dense_layer(row: Tensor, shape, source: Stored) -> np.ndarray:
+    """One layer of a stack, whole."""
+    one = Tensor(row.path, source.name, row.transpose)
+    whole = tuple(slice(0, n) for n in shape[1:])
+    return _read_shard(one, shape[1:], [source], whole, np.dtype(DTYPES[source.dtype]))
+
+
 def _headers(path: Path) -> dict[str, Stored]:
     """Every tensor of the folder, from the headers of its files."""
     if (path / SINGLE).exists():
@@ -187,14 +216,25 @@ def _headers(path: Path) -> dict[str, Stored]:
     return {name: tensor for file in files for name, tensor in header(file).items()}
 
 
-def _check_tensors(path, rows, leaves, stored: dict[str, Stored], ignored: Sequence[str]) -> None:
+def _check_tensors(path, rows, leaves, stored: dict[str, Stored], ignored, packed, quantization) -> None:
     if unnamed := sorted(set(leaves) - set(rows)):
         raise ValueError(f"expected a name for every parameter, the table has none for {unnamed}")
     expected = {name: rows[p].stored_shape(shape) for p, shape in leaves.items() for name in rows[p].names(shape)}
-    spare = [name for name in stored if name not in expected and not any(re.search(p, name) for p in ignored)]
-    shared = [name for name in expected if name in stored]
+    kernels = {  # as linear layers have them, which is how they are compressed
+        name: rows[p].stored_shape(shape)[:: 1 if rows[p].transpose else -1]
+        for p, shape in leaves.items()
+        for name in rows[p].names(shape)
+    }
+    parts = {part for name in expected if name in packed for part in packed[name]}
+    spare = [
+        name
+        for name in stored
+        if name not in expected and name not in parts and not any(re.search(p, name) for p in ignored)
+    ]
+    shared = [name for name in expected if name in stored and name not in packed]
+    missing = [name for name in expected if name not in stored and name not in packed]
     groups = {
-        "missing": [f"{name} {list(shape)}" for name, shape in expected.items() if name not in stored],
+        "missing": [f"{name} {list(expected[name])}" for name in missing],
         "left over": [f"{name} {list(stored[name].shape)}" for name in spare],
         "of another shape": [
             f"{name}: expected {list(expected[name])}, got {list(stored[name].shape)}"
@@ -204,6 +244,10 @@ def _check_tensors(path, rows, leaves, stored: dict[str, Stored], ignored: Seque
         "of a dtype that is not a plain float": [
             f"{name}: {stored[name].dtype}" for name in shared if stored[name].dtype not in DTYPES
         ],
+        "contradicting what is said of them": compressed.check(
+            {name: entry for name, entry in packed.items() if name in expected}, kernels
+        ),
+        "not what its config.json says": quantization_config.format_problems(quantization, packed),
     }
     raise_together(f"the tensors in {path} are not those that its config.json describes", groups)
 
@@ -224,33 +268,40 @@ def write(
     Args:
         path: the folder to write.
         table: the model's names.
-        params: nested dictionaries of arrays.
+        params: nested dictionaries of arrays, and of compressed kernels, which are written as bitsandbytes has them.
         shapes: what they should be; dtypes are not read from it.
-        config: the contents of `config.json`; its dtype is replaced by that of the parameters.
+        config: the contents of `config.json`; its dtype and `quantization_config` are replaced by those of the
+            parameters.
         tokenizer_from: the folder (or a file in it) whose tokenizer files are copied.
         overwrite: whether an existing folder may be replaced.
         max_shard_bytes: the largest file to write, one tensor at least.
 
     Raises:
         FileExistsError: where `path` exists and `overwrite` is false.
-        ValueError: where `params` differ from `shapes`, all differences together.
+        ValueError: where `params` differ from `shapes`, all differences together; compressed kernels that bitsandbytes
+            or transformers cannot have.
     """
     path = Path(path)
     if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not empty; choose another folder or allow it with overwrite=True")
     leaves, wanted = dict(_flat(params)), dict(_flat(shapes))
-    _check_params(leaves, wanted)
+    _check_params(leaves, wanted, {row.path for row in table if row.is_linear})
     pieces = [
-        (name, row, k, leaves[row.path])
+        (name, row, *compressed.piece_of(leaves[row.path], k))
         for row in table
         if row.path in leaves
         for k, name in enumerate(row.names(leaves[row.path].shape))
     ]
+    packed = {name: piece for name, _, piece, _ in pieces if isinstance(piece, Packed)}
+    kernels = [name for name, row, *_ in pieces if row.is_linear]
+    kernels += [row.name for row in table if row.is_linear and "{}" not in row.name]  # a tied head's too
+    dense = {name.removesuffix(".weight") for name in kernels if name not in packed}
+    config = {k: v for k, v in config.items() if k not in ("torch_dtype", "quantization_config")}
+    config |= {"quantization_config": quantization_config.described(packed, dense)} if packed else {}
     with renamed_when_complete(path, overwrite) as temporary:
         _write_tensors(temporary, pieces, max_shard_bytes)
         dtype = jnp.result_type(*{leaf.dtype for leaf in leaves.values()}).name
-        config = {k: v for k, v in config.items() if k != "torch_dtype"} | {"dtype": dtype}
-        write_json(temporary / "config.json", config)
+        write_json(temporary / "config.json", config | {"dtype": dtype})
         if tokenizer_from is not None:
             source = tokenizer_from if tokenizer_from.is_dir() else tokenizer_from.parent
             for name in TOKENIZER_FILES:
@@ -258,8 +309,9 @@ def write(
                     shutil.copy2(source / name, temporary / name)
 
 
-def _check_params(leaves: dict, wanted: dict) -> None:
+def _check_params(leaves: dict, wanted: dict, linear: set[str]) -> None:
     shape = lambda leaf: list(getattr(leaf, "shape", ()))
+    is_packed = lambda leaf: isinstance(leaf, Packed | Pieces)
     groups = {
         "missing": [f"{p} {shape(wanted[p])}" for p in wanted if p not in leaves],
         "left over": [f"{p} {shape(leaves[p])}" for p in leaves if p not in wanted],
@@ -268,8 +320,13 @@ def _check_params(leaves: dict, wanted: dict) -> None:
             for p in wanted
             if p in leaves and shape(wanted[p]) != shape(leaves[p])
         ],
-        "not plain arrays (merge adapters with jpeft.merge before saving)": [
-            f"{p}: {type(leaf).__name__}" for p, leaf in leaves.items() if not isinstance(leaf, jax.Array | np.ndarray)
+        "not arrays or compressed kernels (merge adapters with jpeft.merge before saving)": [
+            f"{p}: {type(leaf).__name__}"
+            for p, leaf in leaves.items()
+            if not isinstance(leaf, jax.Array | np.ndarray) and not is_packed(leaf)
+        ],
+        "compressed, and no kernel of a linear layer: transformers reads only those so": [
+            p for p, leaf in leaves.items() if is_packed(leaf) and p not in linear
         ],
     }
     raise_together("the parameters are not those that the config describes", groups)
@@ -277,30 +334,34 @@ def _check_params(leaves: dict, wanted: dict) -> None:
 
 def _write_tensors(path: Path, pieces: list, max_shard_bytes: int) -> None:
     shards: list[list] = []
-    size = math.inf
+    size, total = math.inf, 0
     for piece in pieces:
-        _, row, _, leaf = piece
-        nbytes = math.prod(row.stored_shape(leaf.shape)) * leaf.dtype.itemsize
+        _, row, leaf, _ = piece
+        layers = leaf.shape[0] if "{}" in row.name else 1
+        nbytes = sum(x.size * jax.dtypes.itemsize_bits(x.dtype) // 8 for x in jax.tree.leaves(leaf)) // layers
         if size + nbytes > max_shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(piece)
-        size += nbytes
+        size, total = size + nbytes, total + nbytes
     many = len(shards) > 1
     files = [f"model-{k:05}-of-{len(shards):05}.safetensors" if many else SINGLE for k in range(1, len(shards) + 1)]
+    weight_map: dict[str, str] = {}
     for file, shard in zip(files, shards, strict=True):
-        tensors = {name: _stored(row, k, leaf) for name, row, k, leaf in shard}
+        tensors = {key: x for piece in shard for key, x in _stored(*piece).items()}
         write_tensors(path / file, tensors)
+        weight_map |= dict.fromkeys(tensors, file)
     if many:
-        total = sum(leaf.nbytes for leaf in {id(leaf): leaf for *_, leaf in pieces}.values())
-        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name, *_ in shard}
         write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _stored(row: Tensor, layer: int, leaf) -> np.ndarray:
-    """One tensor of a leaf as Hugging Face stores it."""
-    one = np.asarray(leaf[layer] if "{}" in row.name else leaf)
-    return np.ascontiguousarray(one.T if row.transpose else one)
+def _stored(name: str, row: Tensor, leaf, layer: int) -> dict[str, np.ndarray]:
+    """One layer of a leaf as Hugging Face stores it."""
+    one = jax.tree.map(lambda x: x[layer], leaf) if "{}" in row.name else leaf
+    if isinstance(one, Packed):
+        return bitsandbytes.to_tensors(one, name)
+    one = np.asarray(one)
+    return {name: np.ascontiguousarray(one.T if row.transpose else one)}
 
 
 def _flat(tree, prefix: str = "") -> Iterator[tuple[str, Any]]:

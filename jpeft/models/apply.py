@@ -10,7 +10,8 @@ from typing import Any
 import jax
 from jax import Array
 
-from jpeft.interop import huggingface
+from jpeft.core.weight import Weight
+from jpeft.interop import huggingface, quantization_config
 from jpeft.models.bert import BertApply, RobertaApply
 from jpeft.models.decoder import DecoderApply
 from jpeft.models.family import Apply
@@ -118,10 +119,15 @@ def load(
 
     Each leaf is read straight into its shards; the host holds the model once and one shard besides.
 
+    Kernels that bitsandbytes compressed (NF4, FP4, LLM.int8) stay compressed: packed Weights stand in the tree, as
+    `jpeft.NF4` would put them there. Call `jpeft.lift(apply)(params, tokens)`, adapt them by any method, or make them
+    dense by `jpeft.merge(params)`. Products with 8-bit weights are in the activations' own dtype, outliers and all.
+
     Args:
         path: the folder.
-        dtype: to compute in; that of the parameters where None.
-        param_dtype: of the parameters; each as stored where None.
+        dtype: to compute in; where None that of the parameters, and for products with 4-bit weights the config's
+            `bnb_4bit_compute_dtype`.
+        param_dtype: of the dense parameters; each as stored where None.
         remat: as in `abstract`.
         shardings: one `jax.sharding.Sharding` for all leaves, or a tree of them shaped like the parameters (as
             `abstract` gives them); the first device where None.
@@ -131,10 +137,12 @@ def load(
     Raises:
         FileNotFoundError: where the folder, its config or one of its files is absent.
         ValueError: on a config that the model would not honour, a truncated file, or tensors that are missing, left
-            over or of another shape, all together; where a head is to be drawn and there is no key.
+            over, of another shape, or compressed and contradicting what is said of them, all together; scales that are
+            not finite; where a head is to be drawn and there is no key.
     """
     folder = huggingface.folder(path)
     apply, shapes = abstract(folder, dtype=dtype, param_dtype=param_dtype, remat=remat, num_labels=num_labels)
+    quantization = read_config(folder).get("quantization_config")
     params = huggingface.read(
         folder,
         apply.TENSORS,
@@ -144,13 +152,16 @@ def load(
         optional=() if num_labels is None else apply.HEAD,
         dtype=param_dtype,
         shardings=shardings,
+        quantization=quantization,
+        compute_dtype=quantization_config.compute_dtype(quantization) if dtype is None else None,
+        leaf_dtype=apply.config.param_dtype,
     )
     return apply, _with_drawn(apply, params, key, shardings)
 
 
 def _with_drawn(apply: Apply, params: dict, key: Array | None, shardings) -> dict:
     """The parameters, with random arrays where the folder had none and a shape stands."""
-    leaves, structure = jax.tree.flatten(params)
+    leaves, structure = jax.tree.flatten(params, is_leaf=lambda x: isinstance(x, Weight))
     new = [k for k, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)]
     if not new:
         return params

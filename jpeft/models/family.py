@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from jpeft.interop import quantization_config
 from jpeft.interop.huggingface import Tensor
 from jpeft.models.layers import REMAT
 
@@ -151,13 +152,7 @@ def common_fields(given: Mapping[str, Any], dtype: Any, param_dtype: Any, remat:
 
 def common_problems(given: Mapping[str, Any], remat: str | None) -> list[str]:
     """One line for everything that no family honours."""
-    found = []
-    if given.get("quantization_config"):
-        method = given["quantization_config"].get("quant_method")
-        found.append(
-            "expected unquantized weights (quantize them with a jpeft method after loading), got "
-            f"quant_method={method!r}"
-        )
+    found = quantization_config.problems(given.get("quantization_config"))
     if remat is not None and remat not in REMAT:
         found.append(f"expected remat to be None or one of {list(REMAT)}, got {remat!r}")
     return found
