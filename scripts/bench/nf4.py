@@ -1,6 +1,8 @@
 """The product with NF4 weights, in figures that need no accelerator: what libtpu's compiler schedules and allocates.
 
     python scripts/bench/nf4.py                                   # everything, in about half an hour
+    python scripts/bench/nf4.py gpu                               # measured on a GPU: nf4_gpu.py
+    python scripts/bench/nf4.py sass --target h100.txtpb          # compiled for a GPU: nf4_gpu.py
     python scripts/bench/nf4.py products --chips v6e --shapes 4096x4096 --rows 2048
     python scripts/bench/nf4.py step
 
@@ -18,10 +20,16 @@ import argparse
 import contextlib
 import os
 import re
+import runpy
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+if sys.argv[1:2] in (["gpu"], ["sass"]):  # which want another environment
+    runpy.run_path(str(Path(__file__).with_name("nf4_gpu.py")), run_name="__main__")
+    sys.exit()
 
 DUMP = Path(tempfile.mkdtemp(prefix="nf4-schedules-"))
 os.environ |= {

@@ -214,6 +214,12 @@ def test_scanned_layers_are_kernels_and_no_dense_weight():
     assert not {"256x512xbf16", "256x512xf32"} & set(re.findall(r"tensor<(?:6x)?([\w]+)>", text))
 
 
+def test_experts_under_vmap_are_one_kernel():
+    x, *packed = (jax.ShapeDtypeStruct((4, *each.shape), each.dtype) for each in abstract(16, (256, 512), 256))
+    text = lowered("NVIDIA H100 80GB HBM3", jax.vmap(nf4_matmul), x, *packed)
+    assert text.count("@mosaic_gpu_v2") == 1 and "4x256x512xbf16" not in text
+
+
 # ---- the choice ----
 
 ON_GPU = Target("gpu", "NVIDIA H200")

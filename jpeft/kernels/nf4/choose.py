@@ -2,7 +2,7 @@
 
     "xla"    plain JAX, everywhere: the CPU path, the fallback, the oracle
     "tpu"    `tpu.matmul`, a Pallas kernel
-    "gpu"    `gpu.matmul`, a Pallas kernel, for few rows
+    "gpu"    `gpu.matmul`, a Pallas kernel for few rows; for many, if asked for, one that decodes, and cuBLAS
 
 The platform is that of the mesh in context (`jax.set_mesh`, `shard_map`), else that of the default backend. So a
 program that is compiled on a CPU host for a TPU is traced under `jax.set_mesh` with a mesh of that TPU. XLA cannot

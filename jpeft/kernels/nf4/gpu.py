@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.sharding import AbstractDevice, AbstractMesh
@@ -66,13 +67,13 @@ class Tile:
 
 
 # The tile that was found best on a chip for (in, out, transposed), for any rows; others are computed by `tile_for`.
-# None was measured yet: `scripts/bench/nf4.py tiles` fills this table on a GPU.
+# None was measured yet: `scripts/bench/nf4.py gpu tiles` prints the entries.
 TILES: dict[tuple, Tile] = {}
 
-# Rows up to which the kernel takes a product, by chip. **Derived, not yet measured**: a pass over the weights with 64
-# rows takes four to five instructions a weight (docs/benchmarks.md), and XLA writes and reads each weight in bfloat16
-# besides, about 4.6 bytes of traffic where a pass has 0.6; four passes are half of that. `scripts/bench/nf4.py gpu` on
-# a GPU gives the crossover.
+# Rows up to which a product is decoded in registers, by chip. **Derived, not yet measured**: each 64 rows are a pass
+# over the weights, at 4.5 instructions a weight (docs/benchmarks.md; an H100 has 30e12 a second), so 256 rows are 0.6 ps
+# a weight. Decoded once, a weight is read packed, written and read in bfloat16: 4.6 bytes, at 3.35 TB/s 1.4 ps, before
+# it is multiplied. `scripts/bench/nf4.py gpu products` measures both, and where they cross.
 ROWS = {"H100": 256, "H200": 256}
 
 
@@ -163,8 +164,10 @@ def matmul(
         scratch["played"] = (call.columns, call.along), jnp.bfloat16, None
         scratch["played_x"] = (call.along, tile.rows), jnp.bfloat16, None
     operands = renamed(x, order) if transposed else x, codes, scales
-    y = _run(_multiply, call, sums, scratch, (tiles, tile.pieces, high), *operands).sum(0).T[:rows]
-    return (y if transposed else restored(y)).astype(result)
+    pieces = _run(_multiply, call, sums, scratch, (tiles, tile.pieces, high), *operands)
+    if not transposed:  # by index, which is fused with what follows
+        pieces = pieces.at[:, restored(np.arange(codes.shape[1]))].get(mode="promise_in_bounds", unique_indices=True)
+    return pieces.sum(0).T[:rows].astype(result)
 
 
 @functools.partial(jax.jit, static_argnames=("codebook", "block_size", "interpret"))
