@@ -20,6 +20,7 @@ from jpeft.methods import methods
 from jpeft.methods._allocation import add_orthogonal_regularization, rank_allocator
 from jpeft.methods._dimension_search import intrinsic_dimension
 from jpeft.methods.lora import lora_plus
+from jpeft.parallel.offload import offload
 from jpeft.quant import FP4, NF4, Int8
 
 __version__ = "0.1.0"

@@ -27,7 +27,7 @@ FUNCTIONS = {
     "merge",
     "methods",
 }
-FUNCTIONS |= {"partition", "prompted", "rank_allocator", "trainable_mask"}
+FUNCTIONS |= {"offload", "partition", "prompted", "rank_allocator", "trainable_mask"}
 CLASSES = {"DensifyError", "Method", "Site", "Sites", "Weight"}
 CONSTANTS = {"VIRTUAL"}
 DOCUMENTED = {**jpeft.methods(), **quantizers()}

@@ -16,18 +16,21 @@ def folder_of(model: str | None) -> Path:
     return Path(model) if model else Path(assets.model_path())
 
 
-def load(folder: Path, dtype: str = "auto", remat: bool = False) -> tuple[Any, Any]:
-    """`(apply, params)` of a folder, computing in `dtype`; "auto" is float32 on a CPU and bfloat16 elsewhere."""
+def load(folder: Path, dtype: str = "auto", remat: str = "none") -> tuple[Any, Any]:
+    """`(apply, params)` of a folder, computing in `dtype`; "auto" is float32 on a CPU and bfloat16 elsewhere.
+
+    `remat` as `TrainConfig` has it.
+    """
     import jax
 
     from jpeft import models
 
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return models.load(folder, dtype=dtype, remat="full" if remat else None)
+    return models.load(folder, dtype=dtype, remat=None if remat == "none" else remat)
 
 
-def load_language_model(folder: Path, dtype: str = "auto", remat: bool = False) -> tuple[Any, Any]:
+def load_language_model(folder: Path, dtype: str = "auto", remat: str = "none") -> tuple[Any, Any]:
     """As `load`.
 
     Raises:

@@ -13,11 +13,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 __all__ = ["ACTIVATIONS", "REMAT", "Embedding", "LayerNorm", "Linear", "RMSNorm", "normal", "scan_layers", "stack"]
 
-# A layer's results that the backward pass finds stored; the rest is computed again.
-REMAT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+# A layer's results that the backward pass finds stored, on the device or in the host's memory; the rest is computed
+# again.
+_INPUT = "jpeft.layer_input"
+REMAT = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
 
 # By Hugging Face's names. The backward pass computes them again, so that only their inputs are kept for it.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -104,6 +116,8 @@ def scan_layers(
 
     def body(x, scanned):
         weights, given = scanned
+        if remat == "offload":  # the name must be on what is used from here on, or the unnamed value is kept as well
+            x = checkpoint_name(x, _INPUT)
         return step(nnx.merge(graph, weights), x, given)
 
     if remat is not None:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jpeft.parallel.offload import in_host
 from jpeft.train.adapter import flatten, refuse_other_base, unflatten
 from jpeft.train.config import differences
 from jpeft.train.step import State
@@ -61,7 +62,10 @@ class Checkpoints:
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(jax.tree.map(_struct, _numbered(like))))
         arrays = self._manager.restore(step, args=arguments).state
         flat = {name: arrays[f"{i:05d}"] for i, name in enumerate(names)}
-        return unflatten(flat, like, where), meta["position"]
+        restored = unflatten(flat, like, where)
+        # JAX takes what Orbax restores to be on the device, whatever the array's sharding says.
+        back = lambda x, before: jax.device_put(x, jax.memory.Space.Host) if in_host(before) else x
+        return jax.tree.map(back, restored, like), meta["position"]
 
     def close(self) -> None:
         """Release what Orbax holds."""

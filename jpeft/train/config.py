@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 __all__ = ["TrainConfig", "differences"]
 
-_WHERE_NOT_WHAT = ("out", "overwrite", "resume", "log_every", "save_every", "samples")
+_WHERE_NOT_WHAT = ("out", "overwrite", "resume", "log_every", "save_every", "samples", "offload_optimizer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,9 @@ class TrainConfig:
         weight_decay: AdamW's decay.
         clip_norm: the gradient's largest global norm.
         dtype: type of the computation; "auto" is bfloat16 on an accelerator and float32 on a CPU.
-        remat: recompute each layer's activations in the backward pass, to save memory.
+        remat: what the backward pass computes again, to save memory: "full" each layer from its input, "offload" the
+            same with the inputs kept in the host's memory, "dots" all but the products with weights; "none" by default.
+        offload_optimizer: keep the optimizer's state in the host's memory; an error where the platform cannot.
         seed: of the split, the order of the data, the method's start and dropout.
         evaluate_every: steps between held-out evaluations; only before and after when 0.
         save_every: steps between checkpoints.
@@ -71,7 +73,8 @@ class TrainConfig:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    remat: bool = False
+    remat: Literal["none", "full", "dots", "offload"] = "none"
+    offload_optimizer: bool = False
     seed: int = 0
     evaluate_every: int = 0
     save_every: int = 100

@@ -70,7 +70,10 @@ def fit(
     method = method.for_steps(steps)
     planned = schedule(config.learning_rate, steps, config.warmup)
     rate = lambda step: np.asarray(planned(step)).item()
-    tx = method.optimizer(adamw(config.learning_rate, steps, config.warmup, config.weight_decay, config.clip_norm))
+    plain = adamw(
+        config.learning_rate, steps, config.warmup, config.weight_decay, config.clip_norm, config.offload_optimizer
+    )
+    tx = method.optimizer(plain)
     key = jax.random.key(config.seed)
     trainable, frozen = method.init(key, params, sites, calibration or None)
     state = init_state(trainable, tx)

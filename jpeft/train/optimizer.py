@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import optax
 
+from jpeft.parallel.offload import offload
+
 __all__ = ["schedule", "adamw"]
 
 _FLOOR = 0.1  # of the highest rate, where the cosine ends
@@ -22,10 +24,16 @@ def schedule(learning_rate: float, steps: int, warmup: float) -> optax.Schedule:
 
 
 def adamw(
-    learning_rate: float, steps: int, warmup: float = 0.05, weight_decay: float = 0.0, clip_norm: float = 1.0
+    learning_rate: float,
+    steps: int,
+    warmup: float = 0.05,
+    weight_decay: float = 0.0,
+    clip_norm: float = 1.0,
+    in_host: bool = False,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) on gradients of global norm at most `clip_norm`."""
-    return optax.chain(
-        optax.clip_by_global_norm(clip_norm),
-        optax.adamw(schedule(learning_rate, steps, warmup), weight_decay=weight_decay),
-    )
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) on gradients of global norm at most `clip_norm`.
+
+    `in_host` keeps its moments in the host's memory, by `offload`.
+    """
+    tx = optax.adamw(schedule(learning_rate, steps, warmup), weight_decay=weight_decay)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), offload(tx) if in_host else tx)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jpeft.core.lift import lift
+from jpeft.parallel.offload import in_host
 
 __all__ = ["State", "init_state", "loss_sum", "make_step", "make_evaluation"]
 
@@ -73,8 +74,9 @@ def make_step(apply: Callable, method, tx: optax.GradientTransformation, accumul
     The gradient is that of the whole batch's mean over learned tokens plus the method's penalty, however many
     microbatches it is summed over. The key is folded with the step's number, so a resumed run draws what an
     uninterrupted one draws. Where the loss or the gradient is not finite the state comes back as it was, and
-    `metrics["finite"]` is False.
+    `metrics["finite"]` is False. State in the host's memory is updated in place, by `jpeft.offload`.
     """
+    tx = optax.with_extra_args_support(tx)
 
     def microbatch_loss(trainable, frozen, batch, key):
         return loss_sum(apply, method.bind(trainable, frozen, key), batch)
@@ -103,10 +105,12 @@ def make_step(apply: Callable, method, tx: optax.GradientTransformation, accumul
         penalties = jax.grad(penalty)(state.trainable)
         gradients = jax.tree.map(lambda g, p: (g / learned).astype(g.dtype) + p, gradients, penalties)
         norm = optax.tree.norm(gradients)
-        updates, optimizer_state = tx.update(gradients, state.optimizer_state, state.trainable)
-        new = State(state.step + 1, optax.apply_updates(state.trainable, updates), optimizer_state)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        offloaded = any(map(in_host, jax.tree.leaves(state.optimizer_state)))
+        options = {"finite": finite} if offloaded else {}
+        updates, optimizer_state = tx.update(gradients, state.optimizer_state, state.trainable, **options)
+        new = State(state.step + 1, optax.apply_updates(state.trainable, updates), optimizer_state)
+        kept = jax.tree.map(lambda a, b: a if in_host(b) else jnp.where(finite, a, b), new, state)
         return kept, {"loss": loss, "gradient_norm": norm, "finite": finite}
 
     return jax.jit(step, donate_argnums=0)

@@ -142,6 +142,9 @@ def test_chat_data_and_other_fields_of_the_method(tiny, tmp_path):
         "rank_pattern={q_proj: 1}",
         "--accumulation",
         2,
+        "--remat",
+        "offload",
+        "--offload-optimizer",
         "--out",
         tmp_path / "out",
     )

@@ -239,7 +239,7 @@ def test_positions_end(classifier):
     assert np.isnan(apply.hidden(params, jnp.full((1, 25 - first), 5))).any()
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "dots", "offload"])
 def test_rematerialisation_changes_no_gradient(classifier, remat):
     apply, params = classifier
     config = of(CONFIGS[apply.config.model_type], "ForSequenceClassification", **LABELS)

@@ -70,7 +70,7 @@ def test_rotary_positions_are_relative(qwen3):
     np.testing.assert_allclose(moved, apply(params, tokens()), **CLOSE)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "dots", "offload"])
 def test_rematerialisation_changes_no_gradient(qwen3, remat):
     apply, params = qwen3
     again, _ = models.abstract(FAMILIES["qwen3"], remat=remat)

@@ -167,7 +167,7 @@ def test_positions_are_learned_and_end(gpt2):
     assert np.isnan(apply(params, tokens(1, 33))[0, -1]).all() and np.isfinite(apply(params, tokens(1, 32))).all()
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "dots", "offload"])
 def test_rematerialisation_changes_no_gradient(gpt2, remat):
     apply, params = gpt2
     again, _ = models.abstract(CONFIGS["scaled-by-layer"], remat=remat)

@@ -337,7 +337,7 @@ def test_positions_are_relative_and_are_read(t5):
     np.testing.assert_allclose(jnp.concatenate([spread, last], 1), whole, **CLOSE)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "dots", "offload"])
 def test_rematerialisation_changes_no_gradient(remat):
     apply, params = model("v1.1")
     again = type(apply)(replace(apply.config, remat=remat))

@@ -91,6 +91,22 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(model, whole, t
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_with_the_optimizer_in_the_host_it_is_the_same_run_begun_and_resumed(model, whole, tmp_path, monkeypatch):
+    seen = RunFolder.log
+
+    def log(self, **values):
+        seen(self, **values)
+        if "loss" in values and values["step"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(RunFolder, "log", log)
+    assert run(model, config(tmp_path / "parts", offload_optimizer=True)).steps == 3
+    monkeypatch.undo()
+    resumed = run(model, config(tmp_path / "parts", offload_optimizer=True))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    jax.tree.map(close, resumed.trainable, whole[1].trainable)
+
+
 def test_a_killed_run_goes_back_to_its_checkpoint(model, whole, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass

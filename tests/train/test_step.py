@@ -71,9 +71,10 @@ def test_microbatches_give_the_update_of_the_whole_batch(model):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_a_step_that_is_not_finite_leaves_the_state(model):
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_a_step_that_is_not_finite_leaves_the_state(model, offloaded):
     apply, _, (trainable, frozen) = model
-    tx = adamw(1e-2, 10)
+    tx = adamw(1e-2, 10, in_host=offloaded)
     step = make_step(apply, METHOD, tx)
     good, metrics = step(init_state(trainable, tx), frozen, batch_of(), jax.random.key(0))
     assert metrics["finite"] and int(good.step) == 1
@@ -82,6 +83,9 @@ def test_a_step_that_is_not_finite_leaves_the_state(model):
     after, metrics = step(good, frozen, bad, jax.random.key(0))
     assert not metrics["finite"]
     jax.tree.map(np.testing.assert_array_equal, after, before)
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(after.optimizer_state) if x.ndim} == {
+        "pinned_host" if offloaded else "device"
+    }
 
 
 def test_the_penalty_and_the_optimizer_of_the_method_are_used(model):

@@ -1,0 +1,1 @@
+"""How a tree lies on devices: sharding, and what is kept in the host's memory."""
