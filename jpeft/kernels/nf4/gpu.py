@@ -71,7 +71,7 @@ class Tile:
 TILES: dict[tuple, Tile] = {}
 
 # Rows up to which a product is decoded in registers, by chip. **Derived, not yet measured**: each 64 rows are a pass
-# over the weights, at 4.5 instructions a weight (docs/benchmarks.md; an H100 has 30e12 a second), so 256 rows are 0.6 ps
+# over the weights, at 4.5 instructions a weight (docs/benchmarks.md; an H100 has 30e12 a second): 256 rows are 0.6 ps
 # a weight. Decoded once, a weight is read packed, written and read in bfloat16: 4.6 bytes, at 3.35 TB/s 1.4 ps, before
 # it is multiplied. `scripts/bench/nf4.py gpu products` measures both, and where they cross.
 ROWS = {"H100": 256, "H200": 256}

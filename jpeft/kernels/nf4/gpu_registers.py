@@ -3,7 +3,7 @@
 **Lookup.** A weight is bfloat16(float32 table · float32 scale), to the bit. Sixteen float32 entries lie in the lanes of
 a warp, one each, twice; a weight is one shuffle whose source lane is its code (the shuffle reads four bits of a word of
 eight codes, so a shift is all the unpacking), one multiplication by its scale and half a packing to bfloat16. A tree of
-fifteen selects, the same thing in Pallas's own operations, takes four times the instructions; a gather Pallas does not
+fifteen selects, the same thing in Pallas's own operations, takes five times the instructions; a gather Pallas does not
 have there. The simulation knows no shuffle, so there it is the tree that runs.
 
 **Order.** WGMMA wants four neighbours along the reduction and two rows of its first operand in a thread; codes come
