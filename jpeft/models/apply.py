@@ -67,7 +67,7 @@ def abstract(
         dtype: to compute in; that of the parameters where None.
         param_dtype: of the shapes; the config's where None.
         remat: what the backward pass computes again: None (nothing), "full" (each layer), "dots" (all but the
-            products with kernels).
+            products with kernels), "offload" (each layer, whose input waits in the host's memory).
         num_labels: give the model a head that classifies sequences into so many labels, in place of the head that the
             config speaks of; None leaves the head to the config.
 
