@@ -310,11 +310,11 @@ class _Interpreter:
         for k, value in enumerate(operands):
             if isinstance(value, View):
                 try:
-                    specs[k], layout = value.shards(tuple(in_specs[k]), dict(options["mesh"].shape))
+                    operands[k], specs[k], layout = value.shards(tuple(in_specs[k]), dict(options["mesh"].shape))
                 except ValueError as reason:
                     operands[k] = locals_[k] = self.settle(value, eqn, str(reason))
                 else:
-                    locals_[k] = value.through(layout)
+                    locals_[k] = operands[k].through(layout)
         arrays, _ = _unpack(operands)
         _, rebuild = _unpack(locals_)
 

@@ -55,8 +55,9 @@ class View:
         axis = self.layout.base_axis(0)
         return self.weight.cuts() if axis is not None and self.weight.labels[axis] == "s" else ()
 
-    def shards(self, entries, sizes: dict[str, int]) -> tuple[Weight, Layout]:
-        """How each field is split where view axis k is split over the mesh axes `entries[k]`, and one shard's layout.
+    def shards(self, entries, sizes: dict[str, int]) -> tuple[View, Weight, Layout]:
+        """`(view, specs, layout)` where view axis k is split over the mesh axes `entries[k]`: the view in a form that
+        can be cut so, how each field is split, and one shard's layout.
 
         Raises:
             ValueError: a split axis is no whole axis of the leaf, or one that the fields do not show.
@@ -71,7 +72,9 @@ class View:
                 raise ValueError(f"axis {axis} is split over the mesh after it was merged or cut")
             count = math.prod(sizes[n] for n in ((names,) if isinstance(names, str) else names))
             cuts[base_axis], split[base_axis] = (cuts[base_axis][0] // count,), names
-        return field_specs(self.weight, split), Layout(tuple(cuts), self.layout.axes)
+        letters = "".join({c for c, names in zip(self.weight.labels, split, strict=True) if names and c in "io"})
+        whole = replace(self, weight=self.weight.cuttable(letters))
+        return whole, field_specs(whole.weight, split), Layout(tuple(cuts), self.layout.axes)
 
     def op_arguments(self) -> tuple[Layout, str, Any]:
         return self.layout, self.weight.labels, self.dtype

@@ -198,6 +198,10 @@ class Weight:
         merged = math.prod(field.shape[at : at + count])
         return field.reshape(*field.shape[:at], merged, *field.shape[at + count :])
 
+    def cuttable(self, letters: str) -> Weight:
+        """The Weight in a form that can be cut along all these of `i` and `o`, where it has one. Default: itself."""
+        return self.replace(base=self.base.cuttable(letters)) if isinstance(self.base, Weight) else self
+
     def stack_first(self, axis: int) -> Weight:
         """The Weight with stack axis `axis` moved to the front of every field, as `scan` wants it."""
         written = axis - (self.ndim - len(self.axes))

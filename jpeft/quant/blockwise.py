@@ -53,6 +53,10 @@ class Blockwise(Packed):
             return self.with_plain_scales().along(axis, fn, drop=drop)
         return super().along(axis, fn, drop=drop)
 
+    def cuttable(self, letters):
+        """Along the outputs as `along`: the scales become float32, all codes stay packed."""
+        return self.with_plain_scales() if "o" in letters else self
+
     def with_plain_scales(self, table: np.ndarray = reference.DYNAMIC) -> Blockwise:
         """The same weights with float32 scales, from 8-bit scales that are codes of `table`."""
         if not self.double_quant:

@@ -98,18 +98,37 @@ def test_a_slice_of_the_inputs_crosses_blocks_and_is_refused():
     np.testing.assert_allclose(*both_ways(fn, tree, x), atol=1e-5)
 
 
-@pytest.mark.parametrize("method", [jpeft.NF4(double_quant=False), jpeft.Int8()])
-def test_outputs_may_be_split_over_a_mesh_and_8_bit_scales_may_not(method):
-    auto = jax.sharding.AxisType.Auto
+@pytest.mark.parametrize("method", [jpeft.NF4(), jpeft.NF4(double_quant=False), jpeft.Int8()], ids=str)
+def test_outputs_may_be_split_over_a_mesh(method):
+    """Alone and under LoRA. A group of 256 8-bit scales is here of 85 outputs and a third: shards end within groups."""
+    auto, spec = jax.sharding.AxisType.Auto, jax.sharding.PartitionSpec
     mesh = jax.make_mesh((8,), ("tp",), axis_types=(auto,))
-    spec = jax.sharding.PartitionSpec
     local = lambda w, x: x @ w
     sharded = jax.shard_map(local, mesh=mesh, in_specs=(spec(None, "tp"), spec()), out_specs=spec(None, "tp"))
     fn = lambda p, x: sharded(p["kernel"], x)
-    params, x = {"kernel": normal(70, 40)}, normal(2, 70)
-    tree = bound(method, fn, params, x)
-    np.testing.assert_allclose(jpeft.lift(fn)(tree, x), linear(jpeft.merge(tree), x), atol=1e-5)
-    with pytest.raises(jpeft.DensifyError, match="cannot be cut along the 'o' axes"):
+    params, x = {"kernel": normal(150, 320)}, normal(2, 150)
+    both = jpeft.chain(method, jpeft.LoRA(rank=2))
+    trainable, frozen = both.init(KEY, params, jpeft.find_sites(fn, params, x))
+    run = jax.jit(jpeft.lift(fn))
+    codes = {"uint4": "u4", "int8": "s8"}[bound(method, fn, params, x)["kernel"].base.dtype.name]
+    for tree in (bound(method, fn, params, x), both.bind(jax.tree.map(lambda a: a + 0.1, trainable), frozen)):
+        np.testing.assert_allclose(run(tree, x), linear(jpeft.merge(tree), x), rtol=1e-5, atol=1e-4)
+        assert f"{codes}[150,40]" in run.lower(tree, x).compile().as_text(), "every device has its own codes, packed"
+        sums = (
+            jax.grad(lambda x, f=f, t=tree: jnp.sin(f(t, x)).sum())(x)
+            for f in (run, lambda t, x: linear(jpeft.merge(t), x))
+        )
+        np.testing.assert_allclose(*sums, rtol=1e-4, atol=1e-3)
+
+
+def test_inputs_that_the_mesh_splits_cross_blocks_and_are_refused():
+    auto, spec = jax.sharding.AxisType.Auto, jax.sharding.PartitionSpec
+    mesh = jax.make_mesh((8,), ("tp",), axis_types=(auto,))
+    local = lambda w, x: jax.lax.psum(x @ w, "tp")
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(spec("tp"), spec(None, "tp")), out_specs=spec())
+    fn = lambda p, x: sharded(p["kernel"], x)
+    params, x = {"kernel": normal(128, 8)}, normal(2, 128)
+    with pytest.raises(jpeft.DensifyError, match="cannot be cut along the 'i' axes"):
         jpeft.lift(fn)(bound(jpeft.NF4(), fn, params, x), x)
 
 
