@@ -212,7 +212,8 @@ class _Interpreter:
             return _plain(value)
         sizes = [(c, n) for c, n in zip(value.weight.labels, value.weight.shape, strict=True) if c != "s" and n != 1]
         matrix = len(sizes) > 1 and any(c == "i" for c, _ in sizes)  # a bias of heads has two axes, and no inputs
-        if matrix and not (self.densify and self.densify.search(value.path)):
+        allowed = value.weight.may_be_dense() or self.densify and self.densify.search(value.path)
+        if matrix and not allowed:
             met = f"`{eqn.primitive.name}` at {compat.source_line(eqn)}" if eqn is not None else "the function's result"
             raise DensifyError(
                 f"{value.path!r} holds a {type(value.weight).__name__} of shape {value.weight.shape} and meets {met},\n"

@@ -137,6 +137,10 @@ class Weight:
         """
         return self.base.cuts() if isinstance(self.base, Weight) else ()
 
+    def may_be_dense(self) -> bool:
+        """Whether `lift` may make it dense where an operation needs that. Default: only if it is a vector."""
+        return False
+
     def why_not_merge(self) -> str | None:
         """Why this Weight has no dense form; None where it has one."""
         return self.base.why_not_merge() if isinstance(self.base, Weight) else None
@@ -242,6 +246,9 @@ class Unfrozen(Weight):
 
     def dense(self) -> jax.Array:
         return dense(self.base)
+
+    def may_be_dense(self) -> bool:
+        return not isinstance(self.base, Weight) or self.base.may_be_dense()
 
 
 def apply(op, x, w) -> jax.Array:

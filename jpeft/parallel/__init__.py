@@ -1,1 +1,6 @@
-"""How a tree lies on devices: sharding, and what is kept in the host's memory."""
+"""Fine-tuning on many devices: meshes, where arrays lie, what waits in the host's memory, and what a pod will need."""
+
+from jpeft.parallel.layout import Layout, shard
+from jpeft.parallel.mesh import make_mesh, parse_mesh
+
+__all__ = ["Layout", "make_mesh", "parse_mesh", "shard"]

@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jpeft.core.lift import lift
+from jpeft.parallel.gathered import collected
+from jpeft.parallel.layout import Layout
 from jpeft.parallel.offload import in_host
 
-__all__ = ["State", "init_state", "loss_sum", "make_step", "make_evaluation"]
+__all__ = ["State", "init_state", "loss_sum", "make_step", "make_evaluation", "state_shardings"]
 
 CHUNK = 2**25
 """Logits held at once, in elements; a larger batch is cut along the sequence and recomputed in the backward pass."""
@@ -35,6 +38,11 @@ def init_state(trainable, tx: optax.GradientTransformation) -> State:
     return jax.tree.map(lambda x: jax.device_put(x, x.sharding), state)
 
 
+def state_shardings(layout: Layout) -> State:
+    """Where each array of a state lies."""
+    return State(NamedSharding(layout.mesh, PartitionSpec()), layout.trainable, layout.optimizer_state)
+
+
 def loss_sum(apply: Callable, bound, batch: dict[str, jax.Array]) -> jax.Array:
     """sum_t weight_t · -log p(target_t), float32; `batch` as `data.batches` makes it, leaves `(rows, length)`.
 
@@ -50,6 +58,7 @@ def loss_sum(apply: Callable, bound, batch: dict[str, jax.Array]) -> jax.Array:
         logits = lift(apply)(bound, batch["tokens"], **inputs)
         return _cross_entropy(logits, batch["targets"], batch["weights"])
     hidden = lift(apply.hidden)(bound, batch["tokens"], **inputs)
+    bound = collected(bound)  # the head once, not for every chunk
     cut = lambda x: jnp.moveaxis(x.reshape(rows, chunks, length // chunks, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
@@ -68,8 +77,16 @@ def _cross_entropy(logits, targets, weights) -> jax.Array:
     return jnp.sum(losses * weights)
 
 
-def make_step(apply: Callable, method, tx: optax.GradientTransformation, accumulation: int = 1) -> Callable:
+def make_step(
+    apply: Callable,
+    method,
+    tx: optax.GradientTransformation,
+    accumulation: int = 1,
+    layout: Layout | None = None,
+) -> Callable:
     """`step(state, frozen, batch, key) -> (state, metrics)`, compiled, donating the state.
+
+    With a `layout` (of `parallel.shard`), each device sums over its own rows and the arrays stay where it says.
 
     The gradient is that of the whole batch's mean over learned tokens plus the method's penalty, however many
     microbatches it is summed over. The key is folded with the step's number, so a resumed run draws what an
@@ -77,9 +94,10 @@ def make_step(apply: Callable, method, tx: optax.GradientTransformation, accumul
     `metrics["finite"]` is False. State in the host's memory is updated in place, by `jpeft.offload`.
     """
     tx = optax.with_extra_args_support(tx)
+    bind = method.bind if layout is None else layout.bind
 
     def microbatch_loss(trainable, frozen, batch, key):
-        return loss_sum(apply, method.bind(trainable, frozen, key), batch)
+        return loss_sum(apply, bind(trainable, frozen, key), batch)
 
     def penalty(trainable):
         return jnp.asarray(method.penalty(trainable), jnp.float32)
@@ -98,6 +116,9 @@ def make_step(apply: Callable, method, tx: optax.GradientTransformation, accumul
         zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trainable))
         return jax.lax.scan(body, zero, (jnp.arange(accumulation), jax.tree.map(cut, batch)))[0]
 
+    if layout is not None:
+        gradient = layout.mapped(gradient)
+
     def step(state: State, frozen, batch, key):
         total, gradients = gradient(state.trainable, frozen, batch, jax.random.fold_in(key, state.step))
         learned = jnp.maximum(batch["weights"].sum(), 1)
@@ -113,7 +134,10 @@ def make_step(apply: Callable, method, tx: optax.GradientTransformation, accumul
         kept = jax.tree.map(lambda a, b: a if in_host(b) else jnp.where(finite, a, b), new, state)
         return kept, {"loss": loss, "gradient_norm": norm, "finite": finite}
 
-    return jax.jit(step, donate_argnums=0)
+    if layout is None:
+        return jax.jit(step, donate_argnums=0)
+    kept = state_shardings(layout)
+    return jax.jit(step, donate_argnums=0, out_shardings=(kept, NamedSharding(layout.mesh, PartitionSpec())))
 
 
 def make_evaluation(apply: Callable) -> Callable:

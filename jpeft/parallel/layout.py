@@ -1,0 +1,314 @@
+"""Where every array of a fine-tuning step lies on a mesh, from the sites of the model and the fields of its Weights.
+
+tensor   A product is cut along its outputs, and the one that closes a sublayer (attention's output, the down
+         projection) along its inputs, so that a sublayer needs one sum each way. A Weight's fields follow its leaf.
+fsdp     Every large array that is left is cut along the first axis that the mesh divides, stacks of layers excepted.
+         It is gathered, as it is stored, by the layer that uses it (`Gathered`).
+data     Nothing but the batch is cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jpeft.core.sites import AttentionSite, Sites
+from jpeft.core.targets import select
+from jpeft.core.tree import leaves_with_paths, map_with_paths, path_string
+from jpeft.core.weight import Weight
+from jpeft.parallel.gathered import Gathered, all_gather
+from jpeft.parallel.mesh import BATCH_AXES, describe
+
+__all__ = ["Layout", "Place", "shard"]
+
+SMALL, LARGE = 2**14, 2**20
+"""Arrays of fewer elements a layer than SMALL are whole on every device, as gathering them costs more than it saves;
+those of LARGE and more must be cut."""
+
+
+class Place(NamedTuple):
+    """Where one array lies. `cut`: its axis in pieces over `fsdp`, from the end; `early`: it is gathered for `bind`."""
+
+    spec: PartitionSpec
+    cut: int | None = None
+    early: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What `shard` finds; see there."""
+
+    mesh: Mesh
+    method: Any
+    places: tuple[Any, Any]
+    axes: dict[str, str]
+    optimizer_specs: Any = None
+
+    @property
+    def trainable(self):
+        """`NamedSharding` of each trainable array."""
+        return self._shardings(self.places[0])
+
+    @property
+    def frozen(self):
+        """`NamedSharding` of each frozen array."""
+        return self._shardings(self.places[1])
+
+    @property
+    def optimizer_state(self):
+        """`NamedSharding` of each array of the optimizer's state: that of its parameter, the others whole."""
+        on = lambda spec: NamedSharding(self.mesh, spec)
+        return jax.tree.map(on, self.optimizer_specs, is_leaf=_is_spec)
+
+    @property
+    def batch(self) -> NamedSharding:
+        """Of the batch's arrays: rows over `data` and `fsdp`."""
+        return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
+
+    @property
+    def batch_shards(self) -> int:
+        return math.prod(self.mesh.shape[name] for name in BATCH_AXES)
+
+    def _shardings(self, places):
+        return jax.tree.map(lambda p: NamedSharding(self.mesh, p.spec), places, is_leaf=_is_place)
+
+    def bind(self, trainable, frozen, key: jax.Array | None = None):
+        """`method.bind` of one device's pieces, in a `shard_map` over the batch axes; leaves in pieces are `Gathered`."""
+        if self.mesh.shape["fsdp"] == 1:
+            return self.method.bind(trainable, frozen, key)
+        whole = lambda place, x: all_gather(x, "fsdp", x.ndim - place.cut) if place.early else x
+        halves = jax.tree.map(whole, self.places, (trainable, frozen), is_leaf=_is_place)
+        of = dict(zip(map(id, jax.tree.leaves(halves)), jax.tree.leaves(self.places, is_leaf=_is_place), strict=True))
+        cut = lambda x: None if (place := of.get(id(x))) is None or place.early else place.cut
+
+        def gathered(path, leaf):
+            arrays = jax.tree_util.tree_leaves_with_path(leaf)
+            inside = [(path_string(inner), at) for inner, x in arrays if (at := cut(x)) is not None]
+            if not inside:
+                return leaf
+            axes = leaf.axes if isinstance(leaf, Weight) else self.axes[path].lstrip("s")
+            return Gathered(leaf, axes=axes, mesh_axis="fsdp", count=self.mesh.shape["fsdp"], split=tuple(inside))
+
+        return map_with_paths(gathered, self.method.bind(*halves, key))
+
+    def mapped(self, fn: Callable, out_places=None) -> Callable:
+        """`fn(trainable, frozen, batch, key) -> (sum, like trainable)` of each device's rows, summed over the devices.
+
+        `fn` binds with `self.bind`. What it gives for a trainable array that it gathers is summed already.
+        """
+        manual = lambda places: jax.tree.map(lambda p: _only(p.spec, BATCH_AXES), places, is_leaf=_is_place)
+        trainable, frozen = map(manual, self.places)
+
+        def summed(place, x):
+            names = tuple(n for n in BATCH_AXES if not (n == "fsdp" and place.cut is not None))
+            return jax.lax.psum(x, names)
+
+        def local(trainable, frozen, batch, key):
+            own = jax.random.fold_in(key, jax.lax.axis_index(BATCH_AXES)) if key is not None else None
+            total, gradients = fn(trainable, frozen, batch, own)
+            return jax.lax.psum(total, BATCH_AXES), jax.tree.map(summed, self.places[0], gradients, is_leaf=_is_place)
+
+        mapped = jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=(trainable, frozen, PartitionSpec(BATCH_AXES), PartitionSpec()),
+            out_specs=(PartitionSpec(), trainable),
+            axis_names={*BATCH_AXES, *(name for name, size in self.mesh.shape.items() if size == 1)},
+            check_vma=False,
+        )
+
+        def checked(trainable, frozen, batch, key):
+            self.check_rows(next(x.shape[0] for x in jax.tree.leaves(batch)))
+            return mapped(trainable, frozen, batch, key)
+
+        return checked
+
+    def check_rows(self, rows: int) -> None:
+        """Raise a ValueError where the devices cannot share a batch of `rows` rows equally."""
+        if rows % self.batch_shards:
+            more = -(-rows // self.batch_shards) * self.batch_shards
+            raise ValueError(
+                f"a batch of {rows} rows cannot be split over the {self.batch_shards} devices of "
+                f"{' and '.join(BATCH_AXES)} in {describe(self.mesh.shape)}; write a batch of {more} rows"
+            )
+
+
+def shard(mesh: Mesh, method, params, sites: Sites, optimizer=None, calibration=None) -> Layout:
+    """Where the arrays of `method.init` lie on `mesh`, and those of the optimizer's state. Costs no FLOPs.
+
+    Args:
+        mesh: of `make_mesh`.
+        params: the pretrained tree, or its shapes.
+        optimizer: an optax transform of the trainable half; no optimizer state where None.
+        calibration: as `method.init` takes it.
+
+    Returns:
+        A Layout: `trainable`, `frozen`, `optimizer_state`, `batch` are trees of shardings.
+
+    Raises:
+        ValueError: an axis that the mesh cannot divide; the message names the leaf, the axis and meshes that divide it.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jpeft
+        >>> from jpeft.parallel import make_mesh, shard
+        >>> apply = lambda params, x: x @ params["kernel"]
+        >>> params, x = {"kernel": jnp.ones((4, 3))}, jnp.ones((2, 4))
+        >>> sites = jpeft.find_sites(apply, params, x)
+        >>> mesh = make_mesh("fsdp=1", devices=jax.devices()[:1])
+        >>> shard(mesh, jpeft.LoRA(rank=2), params, sites).frozen["kernel"].base.spec
+        PartitionSpec(None, None)
+    """
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    halves = jax.eval_shape(lambda key, params: method.init(key, params, sites, calibration), key, params)
+    places = _places(mesh, method, halves, sites)
+    specs = None if optimizer is None else _state_specs(jax.eval_shape(optimizer.init, halves[0]), halves[0], places[0])
+    return Layout(mesh, method, places, {site.path: site.axes for site in sites}, specs)
+
+
+def _state_specs(state, trainable, places):
+    """Specs of an optimizer's state: an array at the path of a parameter, of its shape, lies as that parameter does."""
+    parameters = {
+        (path_string(path), x.shape): place.spec
+        for (path, x), place in zip(
+            jax.tree_util.tree_leaves_with_path(trainable), jax.tree.leaves(places, is_leaf=_is_place), strict=True
+        )
+    }
+
+    def spec(path, x):
+        names = [path_string([entry]) for entry in path]
+        ends = ("/".join(names[k:]) for k in range(len(names) + 1))
+        return next((parameters[end, x.shape] for end in ends if (end, x.shape) in parameters), PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(spec, state)
+
+
+def _places(mesh: Mesh, method, halves, sites: Sites):
+    axes = {site.path: site.axes for site in sites}
+    tensor = _tensor_splits(mesh, sites) if mesh.shape["tensor"] > 1 else {}
+    with_paths, structure = jax.tree_util.tree_flatten_with_path(halves)
+    paths, leaves = [path_string(path[1:]) for path, _ in with_paths], [leaf for _, leaf in with_paths]
+    jaxpr, bound = jax.make_jaxpr(lambda halves: method.bind(*halves), return_shape=True)(halves)
+    computed = {id(v) for eqn in jaxpr.eqns for v in eqn.invars}  # arrays that `bind` computes with
+    number = {id(v): k for k, v in enumerate(jaxpr.jaxpr.invars)}
+    order = iter(jaxpr.jaxpr.outvars)
+    bound = jax.tree.map(lambda _: number.get(id(next(order))), bound)  # in place of each array, which one it is
+    places: dict[int, Place] = {}
+    for path, leaf in leaves_with_paths(bound):
+        for k, place in _places_in(mesh, path, leaf, leaves, axes.get(path), tensor.get(path)):
+            seen = places.setdefault(k, place)
+            if seen != place:  # one array in several leaves
+                places[k] = Place(PartitionSpec())
+    for k, leaf in enumerate(leaves):
+        if k not in places or id(jaxpr.jaxpr.invars[k]) in computed:
+            places[k] = _cut(mesh, paths[k], leaf.shape, PartitionSpec(), 0, early=True)
+    return jax.tree.unflatten(structure, [places[k] for k in range(len(leaves))])
+
+
+def _places_in(mesh, path, leaf, leaves, axes, tensor):
+    """`(number, place)` of each array in one leaf of the bound tree."""
+    if not isinstance(leaf, Weight):
+        if leaf is None:
+            return
+        array = leaves[leaf]
+        spec = PartitionSpec(*tensor) if tensor else PartitionSpec()
+        known = axes is not None and len(axes) == array.ndim
+        yield leaf, _cut(mesh, path, array.shape, spec, _stacks(axes) if known else 0, early=not known)
+        return
+    whole = jax.tree.map(lambda k: leaves[k], leaf)
+    yield from _fields(mesh, path, leaf, tensor, leaves, whole)
+
+
+def _fields(mesh, path, leaf, tensor, leaves, whole):
+    """The compiler cuts the work as the arrays lie: any placement is right, and a field follows its leaf if it can."""
+    labels, count = whole.labels, mesh.shape["tensor"]
+    letter = labels[tensor.index("tensor")] if tensor else ""
+    for name, letters in leaf.FIELDS.items():
+        k = getattr(leaf, name)
+        if k is None:
+            continue
+        shape = leaves[k].shape
+        lead = len(shape) - len(letters)
+        follows = lambda axis, lead=lead, letters=letters: axis >= lead and letters[axis - lead] == letter
+        entries = ["tensor" if follows(axis) and n % count == 0 else None for axis, n in enumerate(shape)]
+        stacks = len(shape) if name in leaf.UNSTACKED else max(0, min(labels.count("s"), lead))
+        yield k, _cut(mesh, path, shape, PartitionSpec(*entries), stacks)
+    if isinstance(leaf.base, Weight):
+        yield from _fields(mesh, path, leaf.base, tensor, leaves, whole.base)
+    elif leaf.base is not None:
+        yield leaf.base, _cut(mesh, path, leaves[leaf.base].shape, PartitionSpec(*(tensor or ())), _stacks(labels))
+
+
+def _stacks(labels: str) -> int:
+    """How many axes come before the first that may be cut: all up to the last stack of layers."""
+    return labels.rfind("s") + 1
+
+
+def _cut(mesh: Mesh, path: str, shape, spec: PartitionSpec, stacks: int, early: bool = False) -> Place:
+    """An array cut over `fsdp`: along the first axis behind its stacks that the mesh divides and `spec` leaves."""
+    count = mesh.shape["fsdp"]
+    entries = [*spec, *(None,) * (len(shape) - len(spec))]
+    if count == 1 or math.prod(shape[stacks:]) < SMALL:
+        return Place(PartitionSpec(*entries))
+    for axis in range(stacks, len(shape)):
+        if entries[axis] is None and shape[axis] % count == 0:
+            entries[axis] = "fsdp"
+            return Place(PartitionSpec(*entries), len(shape) - axis, early)
+    if math.prod(shape[stacks:]) >= LARGE:
+        sizes = [n for n, entry in zip(shape[stacks:], entries[stacks:], strict=True) if entry is None]
+        fitting = [n for n in range(2, mesh.size + 1) if any(size % n == 0 for size in sizes)]
+        raise ValueError(
+            f"{path}: none of the axes {sizes} of an array {tuple(shape)} can be split over {describe(mesh.shape)}; "
+            f"fsdp may be {', '.join(map(str, fitting)) or '1'}"
+        )
+    return Place(PartitionSpec(*entries))
+
+
+def _tensor_splits(mesh: Mesh, sites: Sites) -> dict[str, tuple]:
+    """For each leaf that tensor parallelism cuts, its axes' mesh axes."""
+    count = mesh.shape["tensor"]
+    closing = {**select(sites, "attention-output", ("dense",)), **select(sites, "down", ("dense",))}
+    opening = set()
+    for site in sites:
+        if isinstance(site, AttentionSite):
+            for name, heads in (("heads", site.heads), ("kv_heads", site.kv_heads)):
+                if heads % count:
+                    fitting = [n for n in range(1, heads + 1) if heads % n == 0]
+                    raise ValueError(
+                        f"{site.path}: {heads} {name} cannot be split over tensor={count}; "
+                        f"tensor may be {', '.join(map(str, fitting))}"
+                    )
+            opening |= {site.path, site.key, site.value}
+    splits: dict[str, tuple] = {}
+    for site in sites:
+        letter = "i" if site.path in closing else "o"
+        if site.kind == "dense" and (site.path in closing or site.path in opening or _feeds(site, closing, sites)):
+            axis = site.axes.find(letter)
+            if site.shape[axis] % count:
+                raise ValueError(
+                    f"{site.path}: axis {axis} of {site.shape} cannot be split over {describe(mesh.shape)}; "
+                    f"tensor may be {', '.join(str(n) for n in range(1, count) if site.shape[axis] % n == 0)}"
+                )
+            splits[site.path] = tuple("tensor" if k == axis else None for k in range(len(site.shape)))
+    return splits
+
+
+def _feeds(site, closing, sites: Sites) -> bool:
+    """Whether a site's outputs are inputs of one that closes a sublayer."""
+    return any(site.path in closed.inputs_from for closed in closing.values())
+
+
+def _only(spec: PartitionSpec, names) -> PartitionSpec:
+    return PartitionSpec(*(entry if entry in names else None for entry in spec))
+
+
+def _is_spec(x) -> bool:
+    return isinstance(x, PartitionSpec)
+
+
+def _is_place(x) -> bool:
+    return isinstance(x, Place)
