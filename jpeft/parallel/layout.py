@@ -78,7 +78,7 @@ class Layout:
         return jax.tree.map(lambda p: NamedSharding(self.mesh, p.spec), places, is_leaf=_is_place)
 
     def bind(self, trainable, frozen, key: jax.Array | None = None):
-        """`method.bind` of one device's pieces, in a `shard_map` over the batch axes; leaves in pieces are `Gathered`."""
+        """`method.bind` of one device's pieces, in a `shard_map` over the batch axes: leaves in pieces are Gathered."""
         if self.mesh.shape["fsdp"] == 1:
             return self.method.bind(trainable, frozen, key)
         whole = lambda place, x: all_gather(x, "fsdp", x.ndim - place.cut) if place.early else x
