@@ -53,16 +53,20 @@ def memory(compiled) -> Memory:
 def collectives(text: str) -> list[Collective]:
     """The exchanges in an optimised HLO module, those in loops as often as they turn.
 
-    A loop whose number of turns the compiler does not know counts once.
+    An exchange that the compiler spread over several operations, to overlap it with others, counts once.
     """
     bodies = _computations(text)
     times = _times(bodies, next((n for n, (entry, _) in bodies.items() if entry), ""))
     count, size = collections.Counter(), collections.Counter()
+    seen = set()
     for name, (_, lines) in bodies.items():
         for line in lines:
             found = re.search(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\(", line)
-            if found is None or not times[name]:
+            channel = re.search(r"channel_id=(\d+)", line)
+            if found is None or not times[name] or channel and channel[1] in seen:
                 continue
+            if channel:
+                seen.add(channel[1])
             shapes = re.findall(r"(\w+)\[([\d,]*)\]", found[1])
             dtype, dims = max(shapes, key=lambda s: _bytes(*s))  # of a start: operands and results together
             every = shapes if not found[3] and len(shapes) > 1 else [(dtype, dims)]
@@ -128,7 +132,9 @@ def _times(bodies, entry: str) -> collections.Counter[str]:
         for line in lines:
             condition = re.search(r" while\(.*condition=%?([\w.\-]+)", line)
             turns = _turns(bodies[condition[1]][1]) if condition and condition[1] in bodies else 1
-            for group in re.findall(r"(?:body|calls|to_apply|called_computations|branch_computations)=(\{[^}]*|\S+)", line):
+            for group in re.findall(
+                r"(?:body|calls|to_apply|called_computations|branch_computations)=(\{[^}]*|\S+)", line
+            ):
                 calls[name] += [(callee, turns) for callee in re.findall(r"[\w.\-]+", group) if callee in bodies]
     times: collections.Counter[str] = collections.Counter()
 
