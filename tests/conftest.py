@@ -3,13 +3,14 @@
 import os
 from importlib.metadata import version
 
-FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_cpu_parallel_codegen_split_count=1"]
-if version("jaxlib").startswith("0.10."):  # later ones do not know the flag; these compile a test in half the time with it
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads wait by spinning: slow wherever cores are shared
-os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 --xla_cpu_parallel_codegen_split_count=1"
+    # These compile a test in half the time; later jaxlibs do not know the flag.
+    + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""),
+)
 
 import hypothesis
 import jax
