@@ -24,7 +24,7 @@ MAY_IMPORT = {  # layer -> layers of jpeft
 }
 MAY_USE = {  # layer -> packages besides the standard library
     "core": {"jax", "numpy"},
-    "kernels": {"jax", "numpy"},
+    "kernels": {"jax", "jaxlib", "numpy"},
     "quant": {"jax", "numpy"},
     "methods": {"jax", "numpy"},
     "models": {"jax", "numpy", "flax"},
