@@ -37,9 +37,9 @@ class NF4(FourBit):
         compute_dtype: of products; the activation's own where None (bitsandbytes' default is float32).
 
     Raises:
-        ValueError: from the constructor: a block size below 2, a compute_dtype that is no float; from `init`: weights
-            that are not finite (not seen under `jit`), a leaf that a former method adapts or that came compressed in
-            another format or in pieces.
+        ValueError: from the constructor: a block size below 2, a compute_dtype that is no float; from `init`: integers
+            or complex numbers, weights that are not finite (not seen under `jit`), a compute_dtype that the hardware
+            lacks, a leaf that a former method adapts or that came compressed in another format or in pieces.
 
     Example:
         >>> import jpeft

@@ -16,9 +16,12 @@ from jpeft.core.method import Method
 from jpeft.core.ops import Gather
 from jpeft.core.sites import Site
 from jpeft.core.weight import Weight, from_matrix, labels_of, matrix_sizes, static, to_matrix, weight
+from jpeft.kernels.nf4 import choose
 from jpeft.quant.pieces import Pieces
 
 __all__ = ["Packed", "Quantizer"]
+
+_COMPUTE = ("bfloat16", "float16", "float32", "float64")
 
 
 @weight
@@ -129,12 +132,25 @@ class Quantizer(Method):
         if self.compute_dtype is None:
             return
         try:
-            dtype = jnp.dtype(self.compute_dtype)
+            name = jnp.dtype(self.compute_dtype).name
         except TypeError:
-            dtype = None
-        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(f"expected compute_dtype as 'bfloat16' or 'float32', got {self.compute_dtype!r}")
-        object.__setattr__(self, "compute_dtype", dtype.name)
+            name = None
+        if name not in _COMPUTE:
+            raise ValueError(f"expected compute_dtype among {', '.join(_COMPUTE)}, got {self.compute_dtype!r}")
+        object.__setattr__(self, "compute_dtype", name)
+
+    def check(self, site: Site) -> str | None:
+        if not jnp.issubdtype(site.dtype, jnp.floating):
+            return (
+                f"expected real weights with a fraction, got {jnp.dtype(site.dtype).name}; leave it out of the targets"
+            )
+        if self.compute_dtype == "float64" and not jax.config.read("jax_enable_x64"):
+            return "compute_dtype='float64' needs jax.config.update('jax_enable_x64', True); else write 'float32'"
+        if self.compute_dtype in ("float16", "float64") and choose.target().platform == "tpu":
+            return (
+                f"a TPU multiplies in bfloat16 and float32, got compute_dtype={self.compute_dtype!r}; write 'bfloat16'"
+            )
+        return super().check(site)
 
     def wrap(self, key, leaf, site: Site) -> Packed:
         if isinstance(leaf, self.WEIGHT):  # as it came: again, at other block sizes, it would lose more

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -101,6 +102,34 @@ def test_merge_writes_a_model_with_the_same_logits(tiny, run_folder, tmp_path, c
         capsys, "merge", "--model", tiny, "--adapter", run_folder, "--out", tmp_path / "merged"
     )
     ok("generate", "--model", tmp_path / "merged", "--prompt", "3", "--max-tokens", 2)
+
+
+def test_a_folder_of_compressed_weights_is_made_trained_on_and_merged_into(
+    tiny, run_folder, data_file, tmp_path, capsys
+):
+    data, packed = ("--data", data_file), tmp_path / "packed"
+    blocks = ("--set", "NF4.block_size=8")  # of the tiny model's 16 and 24 inputs
+    ok("train", "--model", tiny, *data, *TRAIN[2:], "--method", "qlora", *blocks, "--out", tmp_path / "first")
+    ok("merge", "--model", tiny, "--adapter", tmp_path / "first", "--quantize", "--out", packed)
+    assert "layers/mlp/up_proj/kernel       0.0" in capsys.readouterr().out
+    _, params = models.load(packed)
+    kernel = params["layers"]["mlp"]["up_proj"]["kernel"]
+    assert type(kernel).__name__ == "NormalFloat4" and kernel.double_quant and kernel.block_size == 8
+
+    ok("train", "--model", packed, *data, *TRAIN[2:], "--method", "qlora", "--out", tmp_path / "second")
+    given = ("--model", packed, "--adapter", tmp_path / "second")
+    ok("generate", *given, "--prompt", "3", "--max-tokens", 2)
+    ok("export", *given, "--out", tmp_path / "peft")
+    ok("merge", *given, "--out", tmp_path / "dense")
+    ok("merge", *given, "--quantize", "--out", tmp_path / "again")
+    of = lambda name: models.load(tmp_path / name)[1]["layers"]["mlp"]["up_proj"]["kernel"]
+    assert isinstance(of("dense"), jax.Array) and jax.tree.structure(of("again")) == jax.tree.structure(kernel)
+    assert "FP4 would compress it once more" in refused(
+        capsys, "train", "--model", packed, *data, *TRAIN[2:], "--method", "fp4+lora", "--out", tmp_path / "third"
+    )
+    assert "nothing here was; leave it out" in refused(
+        capsys, "merge", "--model", tiny, "--adapter", run_folder, "--quantize", "--out", tmp_path / "no"
+    )
 
 
 def test_an_exported_adapter_is_read_wherever_ours_is(tiny, run_folder, tmp_path, capsys):

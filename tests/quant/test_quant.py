@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jpeft
-from jpeft.kernels.nf4 import reference
+from jpeft.kernels.nf4 import choose, reference
 from jpeft.quant import quantizers
 
 KEY = jax.random.key(0)
@@ -242,10 +242,30 @@ def test_a_block_size_is_a_whole_number(block_size):
         jpeft.NF4(block_size=block_size)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "bf17", 3.5])
+@pytest.mark.parametrize("dtype", ["int8", "bf17", 3.5, "float8_e4m3fn"])
 def test_a_compute_dtype_is_a_float(dtype):
-    with pytest.raises(ValueError, match="expected compute_dtype as 'bfloat16'"):
+    with pytest.raises(ValueError, match="expected compute_dtype among bfloat16, float16, float32, float64, got"):
         jpeft.Int8(compute_dtype=dtype)
+
+
+def test_a_compute_dtype_that_the_hardware_lacks_is_refused(monkeypatch):
+    params, x = {"kernel": normal(128, 8)}, normal(2, 128)
+    sites = jpeft.find_sites(linear, params, x)
+    with pytest.raises(ValueError, match=r"kernel: compute_dtype='float64' needs jax.config.update"):
+        jpeft.NF4(compute_dtype="float64").init(KEY, params, sites)
+    jpeft.NF4(compute_dtype="float16").init(KEY, params, sites)
+    monkeypatch.setattr(choose, "target", lambda: choose.Target("tpu", "TPU v5 lite"))
+    with pytest.raises(ValueError, match="a TPU multiplies in bfloat16 and float32, got compute_dtype='float16'"):
+        jpeft.NF4(compute_dtype="float16").init(KEY, params, sites)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int32", "complex64"])
+@pytest.mark.parametrize("cls", quantizers().values(), ids=quantizers())
+def test_leaves_without_a_fraction_or_with_two_parts_are_refused(cls, dtype):
+    params, x = {"kernel": jnp.ones((128, 8), dtype)}, jnp.ones((2, 128), dtype)
+    fn = lambda p, x: x @ p["kernel"]
+    with pytest.raises(ValueError, match=f"kernel: expected real weights with a fraction, got {dtype}"):
+        cls().init(KEY, params, jpeft.find_sites(fn, params, x))
 
 
 def test_the_bases_say_what_a_subclass_defines():
