@@ -267,17 +267,18 @@ class _Interpreter:
         jaxpr, consts = compat.open_jaxpr(eqn.params["jaxpr"])
         n_carry = len(carry)
         arrays, rebuild = _unpack([self._scanned(v, eqn) for v in scanned])
-        layers = [a.without_unstacked() if _is_weight(a) else a for a in arrays]
+        layers = [a.layerwise() if _is_weight(a) else a for a in arrays]
 
-        def body(carry, layer):
-            whole = [w.with_unstacked(a) if _is_weight(w) else w for w, a in zip(layer, arrays, strict=True)]
+        def body(carry, step):
+            number, layer = step
+            whole = [w.layer_of(a, number) if _is_weight(w) else w for w, a in zip(layer, arrays, strict=True)]
             slices = rebuild(whole)
             outs = self.jaxpr(jaxpr, consts, [*fixed, *carry, *slices])
             carry = [self.settle(v) for v in outs[:n_carry]]
             return carry, self.without_passed(outs[n_carry:], slices, passed)
 
         unroll = min(eqn.params["unroll"], length)
-        return lax.scan(body, carry, layers, length, eqn.params["reverse"], unroll)
+        return lax.scan(body, carry, (np.arange(length, dtype=np.int32), layers), length, eqn.params["reverse"], unroll)
 
     def _layers(self, value, start: int, stop: int, eqn):
         """Some layers of a value that is scanned."""

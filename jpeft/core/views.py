@@ -73,7 +73,7 @@ class View:
             count = math.prod(sizes[n] for n in ((names,) if isinstance(names, str) else names))
             cuts[base_axis], split[base_axis] = (cuts[base_axis][0] // count,), names
         letters = "".join({c for c, names in zip(self.weight.labels, split, strict=True) if names and c in "io"})
-        whole = replace(self, weight=self.weight.cuttable(letters))
+        whole = replace(self, weight=self.weight.cut_out().cuttable(letters))
         return whole, field_specs(whole.weight, split), Layout(tuple(cuts), self.layout.axes)
 
     def op_arguments(self) -> tuple[Layout, str, Any]:

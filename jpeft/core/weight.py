@@ -20,8 +20,21 @@ from typing import Any, ClassVar, Literal, Self, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-__all__ = ["Weight", "Unfrozen", "weight", "static", "apply", "dense", "labels_of", "to_matrix", "from_matrix"]
+__all__ = [
+    "Layer",
+    "Weight",
+    "Unfrozen",
+    "weight",
+    "static",
+    "apply",
+    "array_of",
+    "dense",
+    "labels_of",
+    "to_matrix",
+    "from_matrix",
+]
 
 W = TypeVar("W", bound="type[Weight]")
 
@@ -51,6 +64,7 @@ class Weight:
         TRAINABLE: names of the fields that `init` puts in the trainable half.
         SLICEABLE: which of `i` and `o` may be sliced by slicing the fields (the map is linear in them).
         UNSTACKED: names of the fields without stack and batch axes: one array for all layers.
+        LEFT_WHOLE: names of the fields that `scan` does not take apart by layers: within it each is a `Layer`.
         SAVED: names of the frozen fields that belong into a saved adapter, as nothing can make them again.
         UP: names of the trainable fields that map up from a rank to the outputs; they can have a rate of their own.
     """
@@ -59,6 +73,7 @@ class Weight:
     TRAINABLE: ClassVar[frozenset[str]] = frozenset()
     SLICEABLE: ClassVar[str] = ""
     UNSTACKED: ClassVar[frozenset[str]] = frozenset()
+    LEFT_WHOLE: ClassVar[frozenset[str]] = frozenset()
     SAVED: ClassVar[frozenset[str]] = frozenset()
     UP: ClassVar[frozenset[str]] = frozenset()
 
@@ -178,7 +193,8 @@ class Weight:
         new = {
             name: self._field_along(name, axis, letter, fn) for name in self.FIELDS if getattr(self, name) is not None
         }
-        new["base"] = self.base.along(axis, fn, drop=drop) if isinstance(self.base, Weight) else fn(self.base, axis)
+        base = array_of(self.base)
+        new["base"] = base.along(axis, fn, drop=drop) if isinstance(base, Weight) else fn(base, axis)
         if new["base"] is None:
             return None
         written = axis - (self.ndim - len(self.axes))
@@ -186,7 +202,7 @@ class Weight:
         return self.replace(**new, axes=axes)
 
     def _field_along(self, name: str, axis: int, letter: str, fn):
-        field, letters = getattr(self, name), self.FIELDS[name]
+        field, letters = array_of(getattr(self, name)), self.FIELDS[name]
         if letter in "sb" and name in self.UNSTACKED:
             return field
         if letter in "sb":
@@ -208,28 +224,68 @@ class Weight:
 
     def stack_first(self, axis: int) -> Weight:
         """The Weight with stack axis `axis` moved to the front of every field, as `scan` wants it."""
+        whole = self.cut_out()
         written = axis - (self.ndim - len(self.axes))
         if axis == 0 and written < 0:
-            return self
+            return whole
         at = sum(c in "sb" for c in self.labels[:axis])
         stacked = [n for n in self.FIELDS if n not in self.UNSTACKED and getattr(self, n) is not None]
-        moved = {n: jnp.moveaxis(getattr(self, n), at, 0) for n in stacked}
-        if isinstance(self.base, Weight):
-            base = self.base.stack_first(axis)
+        moved = {n: jnp.moveaxis(getattr(whole, n), at, 0) for n in stacked}
+        if isinstance(whole.base, Weight):
+            base = whole.base.stack_first(axis)
         else:
-            base = jnp.moveaxis(self.base, axis, 0)
+            base = jnp.moveaxis(whole.base, axis, 0)
         axes = self.axes if written < 0 else self.axes[:written] + self.axes[written + 1 :]
         return self.replace(**moved, base=base, axes=axes)
 
-    def without_unstacked(self) -> Self:
-        """The Weight with None for its unstacked fields: what `scan` takes apart by layers."""
-        base = self.base.without_unstacked() if isinstance(self.base, Weight) else self.base
-        return self.replace(base=base, **dict.fromkeys(self.UNSTACKED))
+    def layerwise(self) -> Self:
+        """The Weight with None for the fields that `scan` does not take apart by layers."""
+        base = self.base.layerwise() if isinstance(self.base, Weight) else self.base
+        return self.replace(**{"base": base, **dict.fromkeys(self.UNSTACKED | self.LEFT_WHOLE)})
 
-    def with_unstacked(self, whole: Weight) -> Self:
-        """The Weight with the unstacked fields of `whole`."""
-        base = self.base.with_unstacked(whole.base) if isinstance(self.base, Weight) else self.base
-        return self.replace(base=base, **{name: getattr(whole, name) for name in self.UNSTACKED})
+    def layer_of(self, whole: Weight, number: jax.Array) -> Self:
+        """The Weight of one layer, from what `scan` gives of `whole.layerwise()` for it and the layer's number."""
+        base = self.base.layer_of(whole.base, number) if isinstance(self.base, Weight) else self.base
+        same = {name: getattr(whole, name) for name in self.UNSTACKED}
+        left = {name: Layer(getattr(whole, name), number) for name in self.LEFT_WHOLE}
+        return self.replace(**{"base": base, **same, **left})
+
+    def cut_out(self) -> Self:
+        """The Weight with arrays for its `Layer`s."""
+        base = self.base.cut_out() if isinstance(self.base, Weight) else self.base
+        left = {name: array_of(getattr(self, name)) for name in self.LEFT_WHOLE}
+        return self.replace(**{"base": base, **left})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layer:
+    """One layer of an array that `scan` has left whole: for a use that can read it in place, as a kernel can.
+
+    Fields:
+        stack: (layers, ...).
+        number: () int32.
+    """
+
+    stack: jax.Array
+    number: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.stack.shape[1:])
+
+    @property
+    def dtype(self):
+        return self.stack.dtype
+
+    def array(self) -> jax.Array:
+        """The layer, cut out."""
+        return lax.dynamic_index_in_dim(self.stack, self.number, keepdims=False)
+
+
+def array_of(value):
+    """A field as it is, or cut out of the stack of which it is a `Layer`."""
+    return value.array() if isinstance(value, Layer) else value
 
 
 @weight

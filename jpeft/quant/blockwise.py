@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpeft.core.ops import Dot
-from jpeft.core.weight import static, weight
+from jpeft.core.weight import Layer, static, weight
 from jpeft.kernels.nf4 import reference
 from jpeft.kernels.nf4.op import nf4_matmul
 from jpeft.quant.packed import Packed, Quantizer, lead_of, leaf_of, matrix_of, result_dtype
@@ -33,6 +33,7 @@ class Blockwise(Packed):
     double_quant: bool = static(False)
 
     FIELDS = {"scales": "ko", "nested": "q", "offset": ""}
+    LEFT_WHOLE = frozenset({"base"})
     CODEBOOK: ClassVar[str] = ""
     GROUP: ClassVar[int] = reference.GROUP
 
@@ -105,9 +106,14 @@ class Blockwise(Packed):
     def product(self, op, x, dtype):
         if not isinstance(op, Dot) or lead_of(self) or op.params.get("out_sharding") is not None:
             return super().product(op, x, dtype)
+        in_place = isinstance(self.base, Layer) and self.labels == "io"  # in matrix form in its stack
         y = nf4_matmul(
             op.inputs(x),
-            *self.packed(),
+            self.base.stack if in_place else self.codes(),
+            self.scales,
+            self.nested,
+            self.offset,
+            self.base.number if in_place else None,
             block_size=self.block_size,
             codebook=self.CODEBOOK,
             transposed=op.transposed,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jpeft.core.method import Method
 from jpeft.core.ops import Gather
 from jpeft.core.sites import Site
-from jpeft.core.weight import Weight, from_matrix, labels_of, matrix_sizes, static, to_matrix, weight
+from jpeft.core.weight import Weight, array_of, from_matrix, labels_of, matrix_sizes, static, to_matrix, weight
 from jpeft.kernels.nf4 import choose
 from jpeft.quant.pieces import Pieces
 
@@ -66,7 +66,7 @@ class Packed(Weight):
 
     def codes(self) -> jax.Array:
         """`base` in matrix form."""
-        return to_matrix(self.base, self.labels)
+        return to_matrix(array_of(self.base), self.labels)
 
     def codes_at(self, op: Gather, x) -> jax.Array:
         """The rows of `codes` that `op` looks up; zeros where it fills."""

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jpeft
-from jpeft.core.weight import Unfrozen, Weight, from_matrix, matrix_sizes, static, to_matrix, weight
+from jpeft.core.weight import Layer, Unfrozen, Weight, array_of, from_matrix, matrix_sizes, static, to_matrix, weight
 from jpeft.methods.lora import LowRank
 
 KINDS = ("dense", "experts", "embedding", "conv")
@@ -384,6 +384,66 @@ def test_a_scan_is_taken_apart_where_the_layers_of_a_weight_differ(reverse):
     adapted_too = weights | {"v": adapted(p["v"], "sio")}  # is cut with its neighbour
     merged = {"w": twice(p["w"], 1), "v": adapted_too["v"].dense()}
     np.testing.assert_allclose(jpeft.lift(fn)(adapted_too, x)[0], fn(merged, x)[0], atol=1e-5)
+
+
+@weight
+class InStack(Weight):
+    """A frozen leaf that a scan leaves in its stack."""
+
+    base: jax.Array
+    axes: str = static()
+    LEFT_WHOLE = frozenset({"base"})
+    SLICEABLE = "io"
+    seen = []
+
+    def apply(self, op, x):
+        self.seen.append(type(self.base))
+        return op.base(x, self.dense())
+
+    def dense(self):
+        return array_of(self.base)
+
+
+def layers_in_their_stack(*lead):
+    """A leaf in its stack and adapters around it."""
+    a, b = numbers(*lead, 5, 2), numbers(*lead, 2, 5, seed=1)
+    return LowRank(InStack(jnp.asarray(numbers(*lead, 5, 5)), axes="io"), jnp.asarray(a), jnp.asarray(b), axes="io")
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_weight_may_stay_in_its_stack_while_it_is_scanned(reverse):
+    def layer(x, w):
+        x = jnp.tanh(x @ w)
+        return jnp.tanh(x @ w[:, 1:]) @ w.T[1:], x.sum()
+
+    fn = lambda p, x: lax.scan(jax.checkpoint(layer), x, p["w"], reverse=reverse)
+    InStack.seen.clear()
+    agree(fn, {"w": layers_in_their_stack(3)}, jnp.asarray(numbers(2, 5)))
+    assert Layer in InStack.seen
+
+
+def test_a_stack_of_stacks_is_cut_out_once_and_a_stack_on_another_axis_moved_first():
+    inner = lambda x, w: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)
+    fn = lambda p, x: lax.scan(inner, x, p["w"])[0]
+    agree(fn, {"w": layers_in_their_stack(3, 2)}, jnp.asarray(numbers(2, 5)))
+    moved = lambda p, x: lax.scan(inner, x, p["w"].swapaxes(0, 1))[0]
+    agree(moved, {"w": layers_in_their_stack(3, 2)}, jnp.asarray(numbers(2, 5)))
+
+
+def test_what_stays_in_its_stack_is_put_out_by_no_scan():
+    fn = lambda p, x: lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None)), x, p["w"])[0].sum()
+    p, x = {"w": layers_in_their_stack(7)}, jnp.asarray(numbers(2, 5))
+    loss = lambda a: jpeft.lift(fn)({"w": p["w"].replace(a=a)}, x)
+    scans = [eqn for eqn in jax.make_jaxpr(jax.grad(loss))(p["w"].a).eqns if eqn.primitive.name == "scan"]
+    assert len(scans) == 2 and not [v for eqn in scans for v in eqn.outvars if v.aval.shape == (7, 5, 5)]
+
+
+def test_a_shard_map_in_a_scan_takes_a_layer_cut_out_of_its_stack():
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    part = lambda x, w: lax.psum(x @ w, "x")
+    local = jax.shard_map(part, mesh=mesh, in_specs=(P(None, "x"), P("x")), out_specs=P())
+    fn = lambda p, x: lax.scan(lambda x, w: (jnp.tanh(local(x, w)), None), x, p["w"])[0]
+    agree(fn, {"w": InStack(jnp.asarray(numbers(3, 4, 4)), axes="io")}, jnp.asarray(numbers(2, 4)))
 
 
 def test_leaves_that_pass_through_a_scan_or_a_remat_stay_what_they_are():

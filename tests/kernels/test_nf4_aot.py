@@ -2,6 +2,7 @@
 weight is. Needs libtpu (the extra `tpu`), whose own compiler this is.
 """
 
+import contextlib
 import os
 import re
 
@@ -13,6 +14,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import jpeft
 from jpeft.kernels.nf4 import choose
 from jpeft.kernels.nf4.op import nf4_matmul
 
@@ -32,8 +34,12 @@ OFFLINE = {
 @pytest.fixture(scope="module", params=TOPOLOGIES)
 def chips(request):
     """The devices of a TPU that is not here."""
+    return chips_of(request.param)
+
+
+def chips_of(name):
     os.environ.update(OFFLINE)
-    return topologies.get_topology_desc(TOPOLOGIES[request.param], platform="tpu").devices
+    return topologies.get_topology_desc(TOPOLOGIES[name], platform="tpu").devices
 
 
 def mesh_of(chips, *sizes, names=("data", "model")):
@@ -112,6 +118,37 @@ def test_a_scan_over_layers_has_one_kernel_for_each_use(chips):
     # Forward: up and down, but for the last layer's unused sum; backward: the transpose of each.
     assert kernels(compiled.as_text()) == ["nf4_matmul"] * 2 + ["nf4_matmul_transposed"] * 2
     assert not dense(compiled.as_text(), shape)
+
+
+@pytest.mark.parametrize("implementation", ["kernel", "xla"])
+def test_a_qlora_step_reads_the_codes_in_their_stack_and_keeps_no_dense_weight(implementation):
+    """Temporaries are no more than the layers' inputs, and all that is moved is less than a float32 for each weight
+    would be, as scales that are spread to the rows of their blocks, written and read for each product."""
+    layers, width, inner, rows = 4, 1024, 2816, 256
+    shapes = {"up": (width, inner), "down": (inner, width)}
+    mesh = mesh_of(chips_of("v5e"), 1)
+    on = lambda tree: jax.tree.map(lambda a: a.update(sharding=NamedSharding(mesh, P())), tree)
+    params = {n: jax.ShapeDtypeStruct((layers, *shape), jnp.bfloat16) for n, shape in shapes.items()}
+    layer = jax.checkpoint(lambda x, p: (x + jnp.tanh(x @ p["up"]) @ p["down"], None))
+    apply = lambda params, x: jax.lax.scan(layer, x, params)[0]
+    x = rows_like(rows, width, mesh)
+    method, sites = jpeft.chain(jpeft.NF4(), jpeft.LoRA(rank=8)), jpeft.find_sites(apply, params, x)
+    trainable, frozen = jax.eval_shape(lambda k, p: method.init(k, p, sites), jax.random.key(0), params)
+
+    def step(trainable, frozen, x):
+        loss = lambda t: jpeft.lift(apply)(method.bind(t, frozen), x).astype(jnp.float32).mean()
+        return jax.value_and_grad(loss)(trainable)
+
+    with jax.set_mesh(mesh) if implementation == "kernel" else contextlib.nullcontext():
+        compiled = jax.jit(step).lower(on(trainable), on(frozen), x).compile()
+    text, weights = compiled.as_text(), width * inner
+    assert len(kernels(text)) == (5 if implementation == "kernel" else 0)
+    assert compiled.memory_analysis().temp_size_in_bytes <= layers * 2 * rows * width + 2**20
+    uses = 5  # forward twice, again once (the last product's output is not wanted), backward twice
+    assert compiled.cost_analysis()["bytes accessed"] < uses * 8 * weights
+    if implementation == "kernel":  # what is prefetched into VMEM has S(1) in its layout
+        cut_out = re.findall(rf"\bu4\[(?:1,)?(?:{width},{inner}|{inner},{width})\]\{{[^}}]*\}}", text)
+        assert all("S(1)" in layout for layout in cut_out)
 
 
 def test_shards_are_taken_by_kernels_and_whole_weights_by_xla(chips):

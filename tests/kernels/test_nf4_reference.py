@@ -65,6 +65,13 @@ def test_scales_in_8_bits_are_the_nearest_entries():
     np.testing.assert_allclose(deq, theirs["deq_default"], rtol=0, atol=4e-7 * float(offset))
 
 
+def test_a_tpu_s_decoding_of_8_bit_scales_is_the_same_to_the_bit():
+    codes = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(
+        np.asarray(reference._dynamic(codes)).view(np.int32), reference.DYNAMIC.view(np.int32)
+    )
+
+
 def test_fp4_is_that_of_bitsandbytes():
     theirs, w = golden("fp4_64x128"), golden("f32_64x128")["w"]
     codes, scales = reference.quantize(flat(w), codebook="fp4")

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
+import jpeft
 from jpeft.kernels.nf4 import choose, reference, tpu
 from jpeft.kernels.nf4.choose import Product, Target
 from jpeft.kernels.nf4.op import nf4_matmul
@@ -156,6 +157,39 @@ def test_stacked_weights_go_through_vmap_and_scan():
     close(jax.vmap(fn)(x, codes, scales), expected, "bfloat16")
     _, scanned = jax.lax.scan(lambda _, row: (None, fn(*row)), None, (x, codes, scales))
     close(scanned, expected, "bfloat16")
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_layer_is_read_in_its_stack(transposed):
+    codes, scales = packed((3, 64, 128))
+    x = normal(1, 4, 128 if transposed else 64, dtype="bfloat16")
+    for layer in range(3):
+        ours = lambda x, n=layer: nf4_matmul(
+            x, codes, scales[n], layer=jnp.int32(n), transposed=transposed, interpret=True
+        )
+        theirs = lambda x, n=layer: nf4_matmul(x, codes[n], scales[n], transposed=transposed, implementation="xla")
+        in_xla = nf4_matmul(
+            x, codes, scales[layer], layer=jnp.int32(layer), transposed=transposed, implementation="xla"
+        )
+        close(ours(x), theirs(x), "bfloat16")
+        close(in_xla, theirs(x), "bfloat16")
+        gradient = lambda fn: jax.grad(lambda x: fn(x).astype(jnp.float32).sum())(x)
+        close(gradient(ours), gradient(theirs), "bfloat16")
+    close(jax.vmap(ours)(jnp.stack([x, x])), jnp.stack([theirs(x)] * 2), "bfloat16")
+
+
+def test_a_scan_gives_the_kernel_the_whole_stack():
+    params = {"kernel": normal(0, 3, 128, 128, dtype="bfloat16")}
+    x = normal(1, 4, 128, dtype="bfloat16")
+    fn = lambda p, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["kernel"])[0]
+    method = jpeft.chain(jpeft.NF4(), jpeft.LoRA(rank=2))
+    tree = method.bind(*method.init(jax.random.key(0), params, jpeft.find_sites(fn, params, x)))
+    with_kernels = lambda loss: jax.make_jaxpr(jax.grad(loss))(x).jaxpr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choose, "target", lambda: ON_TPU)
+        jaxpr = with_kernels(lambda x: jpeft.lift(fn)(tree, x).astype(jnp.float32).sum())
+    calls = [eqn for eqn in _equations(jaxpr) if eqn.primitive.name == "pallas_call"]
+    assert len(calls) == 2 and all((3, 128, 128) in [v.aval.shape for v in eqn.invars] for eqn in calls)
 
 
 def test_under_shard_map_every_device_takes_its_own_outputs():

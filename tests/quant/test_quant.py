@@ -1,5 +1,7 @@
 """What each compressing Method does of its own: sizes, cuts, lookups, dtypes, refusals."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -165,7 +167,7 @@ def test_products_are_in_the_compute_dtype_and_the_result_in_the_activations(cls
     dense = jpeft.merge(tree)["kernel"]
     run = jax.jit(jpeft.lift(linear))
     text = run.lower(tree, x).as_text()
-    assert "dot_general" in text and "128x8xbf16" in text
+    assert "dot_general" in text and re.search("tensor<(128|2x64)x8xbf16>", text)  # a matrix, or its blocks
     y = run(tree, x)
     rounded = x.astype(jnp.bfloat16).astype(jnp.float32) @ dense.astype(jnp.bfloat16).astype(jnp.float32)
     assert y.dtype == jnp.float32

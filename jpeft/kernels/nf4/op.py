@@ -37,6 +37,7 @@ def nf4_matmul(
     scales: jax.Array,
     nested: jax.Array | None = None,
     offset: jax.Array | None = None,
+    layer: jax.Array | None = None,
     *,
     block_size: int = 64,
     codebook: str = "nf4",
@@ -51,11 +52,13 @@ def nf4_matmul(
     """`x @ W`, or `x @ Wᵀ` where `transposed`, for the W (in, out) that `reference.dequantize` gives.
 
     Linear in x alone. The backward pass decodes W again from the packed arrays: nothing else is kept for it, neither a
-    dense W nor x, and an optimization barrier on the packed arrays keeps the compiler from merging the two decodings.
+    dense W nor x, and an optimization barrier on x and the codes keeps the compiler from merging the two decodings.
 
     Args:
         x: (*rows, in), or (*rows, out) where `transposed`.
         codes, scales, nested, offset, block_size, codebook: as in `reference`, without leading axes.
+        layer: which layer's codes these are, where `codes` is a stack (layers, in, out); () int32. The TPU kernel reads
+            them in the stack.
         rounded: dtype of the weight that was quantized; W is rounded to it first. None: not rounded.
         dtype: of both operands of the product; x's own where None.
         precision: as in `lax.dot_general`.
@@ -86,13 +89,12 @@ def nf4_matmul(
         implementation,
         interpret,
     )
-    return _matmul(how, jnp.dtype(x.dtype), x, (codes, scales, nested, offset))
+    return _matmul(how, jnp.dtype(x.dtype), x, (codes, scales, nested, offset, layer))
 
 
 def _product(how: _How, x, packed):
-    codes, *scales = packed
-    rows = math.prod(x.shape[:-1])
-    product = choose.Product(rows, codes.shape, how.block_size, how.transposed, how.dtype, how.rounded)
+    codes, rows = packed[0], math.prod(x.shape[:-1])
+    product = choose.Product(rows, codes.shape[-2:], how.block_size, how.transposed, how.dtype, how.rounded)
     choice = choose.choose(product, None, how.implementation, how.interpret)
     plain = functools.partial(_in_xla, how)
     if choice.chip is None:
@@ -105,18 +107,42 @@ def _product(how: _How, x, packed):
 
 
 def _in_xla(how: _How, x, packed):
-    w = reference.decode(*packed, block_size=how.block_size, codebook=how.codebook)
-    w = w.astype(how.rounded).astype(how.dtype)
-    dims = (((x.ndim - 1,), (1 if how.transposed else 0,)), ((), ()))
-    return lax.dot_general(x.astype(how.dtype), w, dims, precision=how.precision, preferred_element_type=how.result)
+    codes, scales, layer = _with_plain_scales(packed)
+    codes = _layer_of(codes, layer)
+    rows, blocks = codes.shape[0], scales.shape[0]
+    if rows == blocks * how.block_size:  # then the scales' broadcast fuses into the product, where the barrier is first
+        codes, scales = codes.reshape(blocks, how.block_size, -1), scales[:, None, :]
+    else:
+        codes, scales = codes[None], reference.spread(scales, how.block_size, rows)[None]
+    x, codes = lax.optimization_barrier((x, codes))
+    w = reference.lookup(codes, reference.CODEBOOKS[how.codebook]) * scales
+    w, x = w.astype(how.rounded).astype(how.dtype), x.astype(how.dtype)
+    dot = functools.partial(lax.dot_general, precision=how.precision, preferred_element_type=how.result)
+    if how.transposed:
+        return dot(x, w, (((x.ndim - 1,), (2,)), ((), ()))).reshape(*x.shape[:-1], rows)
+    x = x.reshape(*x.shape[:-1], *w.shape[:2])
+    return dot(x, w, (((x.ndim - 2, x.ndim - 1), (0, 1)), ((), ())))
 
 
 def _in_kernel(how: _How, choice: choose.Choice, x, packed):
-    codes, scales, nested, offset = packed
+    codes, scales, layer = _with_plain_scales(packed)
+    if choice.implementation != "tpu":
+        codes, layer = _layer_of(codes, layer), None
+    in_stack = [] if layer is None else [layer]
+    y = _kernel(how, choice)(x.astype(how.dtype).reshape(-1, x.shape[-1]), codes, scales, *in_stack)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def _with_plain_scales(packed):
+    """`(codes, scales, layer)`, the scales float32."""
+    codes, scales, nested, offset, layer = packed
     if nested is not None and offset is not None:
         scales = reference.dequantize_scales(scales, nested, offset)
-    y = _kernel(how, choice)(x.astype(how.dtype).reshape(-1, x.shape[-1]), codes, scales)
-    return y.reshape(*x.shape[:-1], -1)
+    return codes, scales, layer
+
+
+def _layer_of(codes, layer):
+    return codes if layer is None else lax.dynamic_index_in_dim(codes, layer, keepdims=False)
 
 
 @functools.cache
@@ -134,10 +160,10 @@ def _kernel(how: _How, choice: choose.Choice):
     batching = jax.custom_batching.custom_vmap(kernel)
 
     @batching.def_vmap
-    def _(size, batched, x, codes, scales):
+    def _(size, batched, x, *weight):
         if any(batched[1:]):
-            return jax.vmap(kernel, [0 if b else None for b in batched], axis_size=size)(x, codes, scales), True
-        return batching(x.reshape(-1, x.shape[-1]), codes, scales).reshape(*x.shape[:-1], -1), True
+            return jax.vmap(kernel, [0 if b else None for b in batched], axis_size=size)(x, *weight), True
+        return batching(x.reshape(-1, x.shape[-1]), *weight).reshape(*x.shape[:-1], -1), True
 
     return batching
 
@@ -152,7 +178,6 @@ def _forward(how, x_dtype, x, packed):  # through the rule again, which second d
 
 
 def _backward(how, x_dtype, packed, g):
-    packed, g = lax.optimization_barrier((packed, g))
     how = replace(how, transposed=not how.transposed, result=x_dtype)
     return _matmul(how, jnp.dtype(g.dtype), g, packed), None
 

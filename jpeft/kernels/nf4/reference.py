@@ -21,6 +21,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 __all__ = [
     "CODEBOOKS",
@@ -98,8 +99,12 @@ def quantize_scales(scales: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]
 def dequantize_scales(codes: jax.Array, nested: jax.Array, offset: jax.Array, table: np.ndarray = DYNAMIC) -> jax.Array:
     """The inverse of `quantize_scales`, float32. `table` is the 8-bit codebook."""
     each = spread(nested[..., None], GROUP, codes.shape[-2] * codes.shape[-1])
-    scaled = jnp.asarray(table)[codes] * each.reshape(codes.mT.shape).mT
-    return scaled + offset[..., None, None]
+    gathered = lambda codes: jnp.asarray(table)[codes]
+    if table is DYNAMIC:  # a TPU gathers 4 KiB for each code
+        scaled = lax.platform_dependent(codes, tpu=_dynamic, default=gathered)
+    else:
+        scaled = gathered(codes)
+    return scaled * each.reshape(codes.mT.shape).mT + offset[..., None, None]
 
 
 def decode(codes, scales, nested=None, offset=None, *, block_size: int = 64, codebook: str = "nf4") -> jax.Array:
@@ -110,15 +115,24 @@ def decode(codes, scales, nested=None, offset=None, *, block_size: int = 64, cod
 
 
 def lookup(codes: jax.Array, table: np.ndarray) -> jax.Array:
-    """`table[codes]` of a table of 16 as a tree of selects on the bits: it fuses, where a lookup does not."""
+    """`table[codes]` as a tree of selects on the bits: it fuses, where a lookup does not. A table of 2ⁿ entries; of the
+    codes the lowest n bits count."""
     wide = codes.astype(jnp.int32)
-    # The entries hang on the codes, or the gradient of a scan would hoist sixteen dense constants out of the loop.
+    # The entries hang on the codes, or the gradient of a scan would hoist dense constants out of the loop.
     zero = (wide & jnp.int32(0)).astype(table.dtype)
     level = [zero + entry for entry in table]
-    for bit in range(4):
+    for bit in range(len(table).bit_length() - 1):
         is_set = (wide & jnp.int32(1 << bit)) != 0
         level = [jnp.where(is_set, high, low) for low, high in zip(level[::2], level[1::2], strict=True)]
     return level[0]
+
+
+def _dynamic(codes: jax.Array) -> jax.Array:
+    """`DYNAMIC[codes]` of half the selects: but for the 1 at its end, the map is odd about the zero in its middle."""
+    middle = len(DYNAMIC) // 2 - 1
+    place = codes.astype(jnp.int32) - middle
+    size = lookup(jnp.abs(place), DYNAMIC[middle:-1])
+    return jnp.where(place > middle, np.float32(1), jnp.where(place < 0, -size, size))
 
 
 def spread(scales: jax.Array, block_size: int, rows: int) -> jax.Array:

@@ -11,6 +11,8 @@ sublanes, so the table can carry the scale: 16 products for each block and outpu
 reference rounds, then one lookup a weight. From v6 on, 16-bit lookups reach all 16 entries; before, 32-bit ones reach
 8, and a select on the code's high bit chooses between two.
 
+The codes may be a layer of a stack, which is read in place: as an operand of its own it would first be copied out.
+
 Shapes: x (rows, in), codes (in, out) uint4, scales (in / block_size, out) float32; y (rows, out), of `result`.
 """
 
@@ -78,6 +80,11 @@ def vmem_bytes(tile: Tile, reduction: int, block_size: int) -> int:
     return tile.buffers * packed + 4 * tile.rows * reduction + 2 * weights + 12 * sums
 
 
+def vmem_limit(tile: Tile, chip: Chip, reduction: int, block_size: int) -> int:
+    """What a step may take, with the compiler's own scratch. In the rest XLA keeps activations between the calls."""
+    return min(vmem_bytes(tile, reduction, block_size) * 5 // 4 + (4 << 20), chip.vmem * 9 // 10)
+
+
 def tile_for(chip: Chip, rows: int, shape: tuple[int, ...], block_size: int, transposed: bool) -> Tile | None:
     """The tile for a weight of `shape` (in, out): the one in TILES, or the next smaller that the chip's VMEM has room
     for. None where there is none."""
@@ -120,6 +127,7 @@ def matmul(
     x: jax.Array,
     codes: jax.Array,
     scales: jax.Array,
+    layer: jax.Array | None = None,
     *,
     chip: Chip,
     codebook: tuple[float, ...],
@@ -129,45 +137,54 @@ def matmul(
     tile: Tile | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """`x @ W` or `x @ Wᵀ`, x (rows, in or out) bfloat16, for shapes that `unfit` finds nothing against.
+    """`x @ W` or `x @ Wᵀ`, x (rows, in or out) bfloat16, W for what `unfit` finds nothing against.
 
     Args:
+        layer: which layer's codes these are, where `codes` is a stack (layers, in, out); () int32.
         codebook: the 16 entries, in code order.
         tile: what one step takes; `tile_for`'s where None.
         interpret: run as plain JAX, on any platform.
     """
-    (n_in, n_out), rows = codes.shape, x.shape[0]
-    tile = tile or tile_for(chip, rows, codes.shape, block_size, transposed)
+    stack, number = (codes[None], jnp.zeros(1, jnp.int32)) if layer is None else (codes, layer.reshape(1))
+    (n_in, n_out), rows = stack.shape[1:], x.shape[0]
+    tile = tile or tile_for(chip, rows, (n_in, n_out), block_size, transposed)
     assert tile is not None
     reduction, outputs = (n_out, n_in) if transposed else (n_in, n_out)
     if transposed:
-        packed, of_weight = (tile.outputs, n_out), lambda o, r: (o, 0)
+        packed, of_weight = (tile.outputs, n_out), lambda o, r, layer: (o, 0)
     else:
-        packed, of_weight = (n_in, tile.outputs), lambda o, r: (0, o)
+        packed, of_weight = (n_in, tile.outputs), lambda o, r, layer: (0, o)
+    of_layer = lambda o, r, layer: (layer[0], *of_weight(o, r, layer))
     table = np.tile(np.array(codebook, np.float32)[:, None], LANES)
     buffers = None if tile.buffers == 2 else pl.Buffered(tile.buffers)
     sums = [] if reduction <= DEPTH else [pltpu.VMEM((tile.rows, tile.outputs), jnp.float32)]
     return pl.pallas_call(
         functools.partial(_step, chip.lookup_bits, block_size, transposed),
         out_shape=jax.ShapeDtypeStruct((rows, outputs), result),
-        grid=(pl.cdiv(outputs, tile.outputs), pl.cdiv(rows, tile.rows)),
-        in_specs=[
-            pl.BlockSpec((tile.rows, reduction), lambda o, r: (r, 0)),
-            pl.BlockSpec(packed, of_weight, pipeline_mode=buffers),
-            pl.BlockSpec((packed[0] // block_size, packed[1]), of_weight, pipeline_mode=buffers),
-            pl.BlockSpec(table.shape, lambda o, r: (0, 0)),
-        ],
-        out_specs=pl.BlockSpec((tile.rows, tile.outputs), lambda o, r: (r, o)),
-        scratch_shapes=[pltpu.VMEM(packed, jnp.bfloat16), *sums],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(pl.cdiv(outputs, tile.outputs), pl.cdiv(rows, tile.rows)),
+            in_specs=[
+                pl.BlockSpec((tile.rows, reduction), lambda o, r, layer: (r, 0)),
+                pl.BlockSpec((None, *packed), of_layer, pipeline_mode=buffers),
+                pl.BlockSpec((packed[0] // block_size, packed[1]), of_weight, pipeline_mode=buffers),
+                pl.BlockSpec(table.shape, lambda o, r, layer: (0, 0)),
+            ],
+            out_specs=pl.BlockSpec((tile.rows, tile.outputs), lambda o, r, layer: (r, o)),
+            scratch_shapes=[pltpu.VMEM(packed, jnp.bfloat16), *sums],
+        ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=chip.vmem * 9 // 10
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=vmem_limit(tile, chip, reduction, block_size),
         ),
         interpret=interpret,
         name="nf4_matmul_transposed" if transposed else "nf4_matmul",
-    )(x, codes, scales, table)
+    )(number, x, stack, scales, table)
 
 
-def _step(bits, block_size, transposed, x_ref, codes_ref, scales_ref, table_ref, y_ref, weights_ref, *sums_ref):
+def _step(
+    bits, block_size, transposed, layer_ref, x_ref, codes_ref, scales_ref, table_ref, y_ref, weights_ref, *sums_ref
+):
     """One block of outputs and one of rows."""
 
     @pl.when(pl.program_id(1) == 0)
