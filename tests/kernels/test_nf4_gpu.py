@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from jpeft.kernels.nf4 import choose, gpu, gpu_registers, reference
@@ -31,6 +32,17 @@ def close(a, b, dtype):
     assert a.shape == b.shape and a.dtype == b.dtype == dtype
     tolerance = 2**-8 if dtype == "bfloat16" else 2**-16
     np.testing.assert_allclose(np.float32(a), np.float32(b), atol=tolerance * float(jnp.abs(b).max()))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def simulation():
+    """JAX 0.10 has the simulation of a GPU, and does not export it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not hasattr(plgpu, "InterpretGPUParams"):
+            from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+            patch.setattr(plgpu, "InterpretGPUParams", InterpretGPUParams, raising=False)
+        yield
 
 
 # ---- the kernel ----
@@ -140,6 +152,12 @@ def test_the_product_and_its_gradient_are_the_reference_s(double, transposed):
     ]
     np.testing.assert_allclose(*(float(value) for value, _ in results), atol=0.5)
     close(*(gradient for _, gradient in results), "bfloat16")
+
+
+def test_without_a_simulation_there_is_no_interpreting(monkeypatch):
+    monkeypatch.delattr(plgpu, "InterpretGPUParams")
+    with pytest.raises(ValueError, match=f"which jax {jax.__version__} does not export; expected jax 0.12"):
+        ours(normal(1, 9, 64, dtype="bfloat16"), *packed((64, 256)))
 
 
 def test_more_of_x_under_vmap_are_more_rows():

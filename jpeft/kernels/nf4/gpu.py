@@ -145,6 +145,9 @@ def matmul(
         tile: what one tile takes, however many rows there are; where None, `tile_for`'s up to `ROWS`, and beyond it the
             weight is decoded once.
         interpret: run as plain JAX, on any platform.
+
+    Raises:
+        ValueError: `interpret` on a JAX that does not export its simulation of a GPU.
     """
     rows = x.shape[0]
     if tile is None and rows > ROWS[chip.name]:
@@ -315,7 +318,12 @@ def _run(body, call: _Call, out, scratch: dict[str, _Shared], grid, *operands):
 
 
 def _interpreter():
-    """Pallas's simulation of a GPU. JAX 0.10 has it, and does not export it."""
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+    """Pallas's simulation of a GPU."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    return InterpretGPUParams()
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        raise ValueError(
+            f"interpret=True runs the GPU kernel in Pallas's simulation of a GPU, which jax {jax.__version__} does not "
+            "export; expected jax 0.12 or later, or implementation='xla'"
+        )
+    return plgpu.InterpretGPUParams()
