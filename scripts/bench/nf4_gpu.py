@@ -3,7 +3,7 @@
     python scripts/bench/nf4.py gpu                               # everything, on the GPU of this machine
     python scripts/bench/nf4.py gpu products --shapes 4096x4096 --rows 1 16
     python scripts/bench/nf4.py gpu tiles                         # entries for `gpu.TILES`
-    python scripts/bench/nf4.py gpu --interpret                   # a rehearsal anywhere (jax 0.12); its times mean nothing
+    python scripts/bench/nf4.py gpu --interpret                   # a rehearsal anywhere, on jax 0.12; no figures
     python scripts/bench/nf4.py sass --target h100.txtpb          # no GPU: instructions of the compiled kernels
 
 `gpu` first compares with the reference on the device, to the bit, and stops where it differs. A time is that of a
