@@ -75,7 +75,7 @@ class Bench:
 
     def weights(self, shape, bytes_each: float, make) -> list:
         """As many weights as the caches of no GPU hold, and enough to measure."""
-        n = 2 if self.interpret else min(max(16, int(256e6 / (shape[0] * shape[1] * bytes_each))), 64)
+        n = 2 if self.interpret else min(max(16, int(256e6 / (shape[0] * shape[1] * bytes_each))), 32)
         return [make(jax.random.fold_in(jax.random.key(0), i)) for i in range(n)]
 
     def packed(self, shape) -> list:
@@ -356,9 +356,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     figures = {n.removeprefix("row_"): fn for n, fn in globals().items() if n.startswith("row_") and n != "row_sass"}
     parser.add_argument("--shapes", nargs="+", type=pair, default=LLAMA, help="as 4096x14336")
-    parser.add_argument(
-        "--rows", nargs="+", type=int, default=[16, 64] if SASS else [1, 4, 16, 64, 128, 256, 512, 4096]
-    )
+    parser.add_argument("--rows", nargs="+", type=int, default=[16, 64] if SASS else [1, 16, 64, 256, 4096])
     if SASS:
         parser.add_argument("--target", type=Path, required=True, help="GpuTargetConfigProto as text")
         row_sass(parser.parse_args(sys.argv[2:]))
