@@ -1,4 +1,4 @@
-"""The `jpeft` command: `jpeft train`, `generate`, `merge`, `export`, `inspect`. Each is imported when it runs."""
+"""The `jpeft` command: `jpeft train`, `generate`, `merge`, `export`, `inspect`, `plan`, each imported when it runs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ _COMMANDS = {
     "generate": "complete a prompt, with or without an adapter",
     "merge": "write a model folder with the adapter merged into the weights",
     "export": "write an adapter as HF PEFT does, for programs that read its folders",
+    "plan": "say what a training step takes on a TPU slice, without weights and without the TPU",
     "inspect": "show where a model can be adapted, what a method matches and how much would train",
 }
 

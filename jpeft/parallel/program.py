@@ -12,7 +12,7 @@ import jax
 
 from jpeft.core import compat
 
-__all__ = ["Collective", "Memory", "collectives", "flops", "memory"]
+__all__ = ["Collective", "Memory", "collectives", "flops", "memory", "per_device"]
 
 _BITS = {"pred": 8, "token": 0}
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -53,16 +53,19 @@ def memory(compiled) -> Memory:
 def collectives(text: str) -> list[Collective]:
     """The exchanges in an optimised HLO module, those in loops as often as they turn.
 
-    An exchange that the compiler spread over several operations, to overlap it with others, counts once.
+    An exchange that the compiler spread over several fusions, to overlap it with other work, counts once.
     """
     bodies = _computations(text)
     times = _times(bodies, next((n for n, (entry, _) in bodies.items() if entry), ""))
     count, size = collections.Counter(), collections.Counter()
+    fused = {
+        n for _, lines in bodies.values() for line in lines for n in re.findall(r" fusion\(.*calls=%?([\w.\-]+)", line)
+    }
     seen = set()
     for name, (_, lines) in bodies.items():
         for line in lines:
             found = re.search(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\(", line)
-            channel = re.search(r"channel_id=(\d+)", line)
+            channel = re.search(r"channel_id=(\d+)", line) if name in fused else None
             if found is None or not times[name] or channel and channel[1] in seen:
                 continue
             if channel:
