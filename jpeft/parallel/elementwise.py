@@ -32,7 +32,8 @@ class NotElementwise(ValueError):
     """An equation that looks at more than one place; `value` is one that it reads."""
 
     def __init__(self, eqn, value: int):
-        super().__init__(f"`{eqn.primitive.name}` at {compat.source_line(eqn)}")
+        line = compat.source_line(eqn)  # empty where no frame but JAX's own led to it
+        super().__init__(f"`{eqn.primitive.name}`{line and f' at {line}'}")
         self.value = value
 
 
