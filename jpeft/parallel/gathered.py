@@ -55,7 +55,8 @@ class Gathered(Weight):
             at = cut.get(path_string(path))
             return x if at is None else all_gather(x, self.mesh_axis, x.ndim - at)
 
-        return jax.tree_util.tree_map_with_path(gather, self.base)
+        pieces = self.base.cut_out() if isinstance(self.base, Weight) else self.base
+        return jax.tree_util.tree_map_with_path(gather, pieces)
 
     def fitted(self):
         return self  # its pieces are not
