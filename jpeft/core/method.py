@@ -237,10 +237,18 @@ class Tied:
 class Saved(dict):
     """`{field: array}` of one leaf's Weight in a saved adapter: given to `init` in place of a calibration.
 
-    Under the key `SHARED`, in place of a path, are the arrays that the leaves share, by name.
+    Under the key `SHARED`, in place of a path, are the arrays that the leaves share, by name. `weights` is the leaf as
+    it was before any method, for a method that observes the weights.
     """
 
     SHARED = None
+    weights: Any = None
+
+    def beside(self, weights) -> Saved:
+        """The same with the leaf's weights."""
+        new = Saved(self)
+        new.weights = weights
+        return new
 
 
 def _filled(leaf, arrays):
@@ -291,8 +299,10 @@ def with_weights(method, calibration, params):
     """The calibration of a method that observes the weights: they are at hand, so nobody need call `calibrate`."""
     if method.OBSERVES != "weights":
         return calibration
-    given = {path: x for path, x in (calibration or {}).items() if not isinstance(x, Saved)}
-    return {**dict(leaves_with_paths(params)), **given}
+    weights, given = dict(leaves_with_paths(params)), dict(calibration or {})
+    shared = given.pop(Saved.SHARED, None)
+    given = {path: x.beside(weights.get(path)) if isinstance(x, Saved) else x for path, x in given.items()}
+    return {**weights, **given, **({Saved.SHARED: shared} if shared else {})}
 
 
 def _none_of(leaf):

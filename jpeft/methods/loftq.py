@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jpeft.core.method import Saved
 from jpeft.core.sites import Site
 from jpeft.core.weight import Weight, dense, from_matrix, to_matrix
 from jpeft.methods.lora import LowRank, _LowRankMethod
@@ -69,6 +70,7 @@ class LoftQ(_LowRankMethod):
                 raise ValueError(f"expected alpha > 0, as the start is divided by it, got {alpha=}")
 
     def wrap_calibrated(self, key, leaf, site: Site, given) -> LowRank:
+        given = given.weights if isinstance(given, Saved) else given
         if isinstance(given, Weight):
             raise ValueError(
                 f"{site.path} came compressed; expected the weights as they were: "

@@ -34,6 +34,8 @@ class OLoRA(_NonzeroStart):
         16
     """
 
+    OBSERVES = "weights"
+
     def factors(self, key, matrix, site: Site, given):
         rank = self.rank_of(site.path)
         q, t = jnp.linalg.qr(matrix.mT)

@@ -6,6 +6,9 @@ with A (*stack, *batch, in, rank), B (*stack, *batch, rank, out) and the residua
 trains, so A₀·B₀ is W's best approximation of that rank and the start is the pretrained function. The paper takes s = 1
 (alpha = rank); for another s the singular values are divided by it, as in HF PEFT.
 
+On compressed weights W is what was compressed, and R is compressed in its place: `chain(NF4(), PiSSA())` is the
+paper's QPiSSA, which loses less than compressing W does. Of a model that came compressed W is what it decodes to.
+
 The start A₀, B₀ is kept beside R: on the weights as they were the adapter is `[A A₀]·[B; −B₀]`, a LoRA of twice the
 rank.
 """
@@ -53,7 +56,7 @@ class _NonzeroStart(_LowRankMethod):
         raise TypeError(f"{type(self).__name__} defines no factors")
 
     def wrap_calibrated(self, key, leaf, site: Site, given) -> Residual:
-        matrix = to_matrix(dense(leaf), site.axes)
+        matrix = to_matrix(dense(self._pretrained(leaf, given)), site.axes)
         matrix = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
         if isinstance(given, Saved):
             start = _saved_start(given, site)
@@ -73,6 +76,12 @@ class _NonzeroStart(_LowRankMethod):
             scale=scale,
             dropout=self.dropout,
         )
+
+    def _pretrained(self, leaf, given):
+        """W: the leaf as it was before any method, where the method is shown it; else as it stands."""
+        if self.OBSERVES != "weights":
+            return leaf
+        return given.weights if isinstance(given, Saved) else given
 
     def exported(self, trainable, frozen):
         """A `LoRA` of twice the rank on the original params, and its trainables."""
@@ -123,6 +132,8 @@ class PiSSA(_NonzeroStart):
     """
 
     iterations: int | None = None
+
+    OBSERVES = "weights"
 
     def __post_init__(self):
         super().__post_init__()

@@ -117,14 +117,14 @@ class Rounding(Method):
         return Eighths(leaf, axes=site.axes).standing_for(leaf)
 
 
-def test_what_is_left_of_a_compressed_base_is_compressed_again():
+def test_what_is_left_of_the_weights_is_compressed_in_their_place():
     w = jnp.asarray(numbers(8, 6))
     sites = jpeft.find_sites(product, {"w": w}, jnp.ones((2, 8)))
     method = jpeft.chain(Rounding(), jpeft.PiSSA(rank=2))
     bound = method.bind(*method.init(KEY, {"w": w}, sites))["w"]
     assert isinstance(bound.base, Eighths)
     np.testing.assert_array_equal(bound.base.base, np.round(bound.base.base * 8) / 8)
-    left = np.round(w * 8) / 8 - np.asarray(bound.start_a) @ np.asarray(bound.start_b) * bound.scale
+    left = w - np.asarray(bound.start_a) @ np.asarray(bound.start_b) * bound.scale
     np.testing.assert_allclose(bound.base.base, left, atol=1 / 16 + 1e-5)
 
 
@@ -180,3 +180,21 @@ def test_options_are_checked_where_they_are_written():
         jpeft.PiSSA(rank=0)
     with pytest.raises(TypeError, match="_NonzeroStart defines no factors"):
         _NonzeroStart().factors(KEY, jnp.ones((2, 2)), None, None)
+
+
+def test_on_compressed_weights_the_residual_of_the_pretrained_ones_is_compressed():
+    """QPiSSA: nearer to the pretrained weights than compressing them, most where few directions carry much of them."""
+    w = jnp.asarray(numbers(128, 4) @ numbers(4, 64) + numbers(128, 64) / 8)
+    distance = lambda leaf: float(jnp.linalg.norm(leaf.dense() - w))
+    sites = jpeft.find_sites(product, {"w": w}, jnp.ones((2, 128)))
+    bound = lambda method, params: method.bind(*method.init(KEY, params, sites))
+    alone = bound(jpeft.NF4(), {"w": w})
+    both = jpeft.chain(jpeft.NF4(), jpeft.PiSSA(rank=4, alpha=4))
+    ours = bound(both, {"w": w})["w"]
+    plain = bound(jpeft.PiSSA(rank=4, alpha=4), {"w": w})["w"]
+    np.testing.assert_array_equal(ours.a, plain.a)
+    expected = jpeft.NF4().WEIGHT.encode(plain.base, axes="io", leaf_dtype=w.dtype, block_size=64, double_quant=True)
+    np.testing.assert_array_equal(ours.base.dense(), expected.dense())
+    assert distance(ours) < 0.5 * distance(alone["w"])
+    again = bound(jpeft.PiSSA(rank=4, alpha=4), alone)["w"]  # of a model that came compressed: what it decodes to
+    np.testing.assert_allclose(again.a, bound(jpeft.PiSSA(rank=4, alpha=4), jpeft.merge(alone))["w"].a, rtol=1e-5)
