@@ -23,6 +23,7 @@ from jpeft.core.tree import leaves_with_paths, map_with_paths, path_string
 from jpeft.core.weight import Weight
 from jpeft.parallel.gathered import Gathered, all_gather
 from jpeft.parallel.mesh import BATCH_AXES, describe
+from jpeft.parallel.offload import results_in_host
 
 __all__ = ["Layout", "Place", "shard"]
 
@@ -47,7 +48,7 @@ class Layout:
     method: Any
     places: tuple[Any, Any]
     axes: dict[str, str]
-    optimizer_specs: Any = None
+    optimizer_state: Any = None
 
     @property
     def trainable(self):
@@ -58,12 +59,6 @@ class Layout:
     def frozen(self):
         """`NamedSharding` of each frozen array."""
         return self._shardings(self.places[1])
-
-    @property
-    def optimizer_state(self):
-        """`NamedSharding` of each array of the optimizer's state: that of its parameter, the others whole."""
-        on = lambda spec: NamedSharding(self.mesh, spec)
-        return jax.tree.map(on, self.optimizer_specs, is_leaf=_is_spec)
 
     @property
     def batch(self) -> NamedSharding:
@@ -166,12 +161,14 @@ def shard(mesh: Mesh, method, params, sites: Sites, optimizer=None, calibration=
     key = jax.eval_shape(lambda: jax.random.key(0))
     halves = jax.eval_shape(lambda key, params: method.init(key, params, sites, calibration), key, params)
     places = _places(mesh, method, halves, sites)
-    specs = None if optimizer is None else _state_specs(jax.eval_shape(optimizer.init, halves[0]), halves[0], places[0])
-    return Layout(mesh, method, places, {site.path: site.axes for site in sites}, specs)
+    state = None if optimizer is None else _state_shardings(mesh, optimizer, halves[0], places[0])
+    return Layout(mesh, method, places, {site.path: site.axes for site in sites}, state)
 
 
-def _state_specs(state, trainable, places):
-    """Specs of an optimizer's state: an array at the path of a parameter, of its shape, lies as that parameter does."""
+def _state_shardings(mesh: Mesh, optimizer, trainable, places):
+    """Of an optimizer's state: an array at the path of a parameter, of its shape, lies as that parameter does, in the
+    host's memory where `offload` keeps it there; the others are whole on every device.
+    """
     parameters = {
         (path_string(path), x.shape): place.spec
         for (path, x), place in zip(
@@ -179,12 +176,14 @@ def _state_specs(state, trainable, places):
         )
     }
 
-    def spec(path, x):
+    def sharding(path, x, in_host: bool):
         names = [path_string([entry]) for entry in path]
         ends = ("/".join(names[k:]) for k in range(len(names) + 1))
-        return next((parameters[end, x.shape] for end in ends if (end, x.shape) in parameters), PartitionSpec())
+        spec = next((parameters[end, x.shape] for end in ends if (end, x.shape) in parameters), PartitionSpec())
+        return NamedSharding(mesh, spec, memory_kind="pinned_host" if in_host else None)
 
-    return jax.tree_util.tree_map_with_path(spec, state)
+    state, where = jax.eval_shape(optimizer.init, trainable), results_in_host(optimizer.init, trainable)
+    return jax.tree_util.tree_map_with_path(sharding, state, where)
 
 
 def _places(mesh: Mesh, method, halves, sites: Sites):
@@ -304,10 +303,6 @@ def _feeds(site, closing, sites: Sites) -> bool:
 
 def _only(spec: PartitionSpec, names) -> PartitionSpec:
     return PartitionSpec(*(entry if entry in names else None for entry in spec))
-
-
-def _is_spec(x) -> bool:
-    return isinstance(x, PartitionSpec)
 
 
 def _is_place(x) -> bool:

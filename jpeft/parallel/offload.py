@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from jpeft.parallel.elementwise import Equation, NotElementwise, Part, Program, 
 if TYPE_CHECKING:
     import optax
 
-__all__ = ["in_host", "offload"]
+__all__ = ["in_host", "offload", "results_in_host"]
 
 Space = jax.memory.Space
 _leaves = jax.tree_util.tree_leaves_with_path
@@ -113,6 +114,19 @@ def offload(optimizer: optax.GradientTransformation, *, fallback: bool = False) 
 def in_host(x) -> bool:
     """Whether an array, or the one that a tracer stands for, is in the host's memory."""
     return _space(x) == Space.Host
+
+
+def results_in_host(fn: Callable, *args) -> Any:
+    """For every array of `fn(*args)` whether it is in the host's memory; from shapes, nothing is computed."""
+    found = []
+
+    def noting(*args):
+        result = fn(*args)
+        found.append(jax.tree.map(in_host, result))
+        return result
+
+    jax.eval_shape(noting, *args)
+    return found[0]
 
 
 def _step(inner, updates, state, params, finite, **extra) -> tuple[Any, Any]:

@@ -61,10 +61,10 @@ def placed(tree, shardings):
     return jax.tree.map(lambda x, s: jax.device_put(jnp.array(x), s), tree, shardings)
 
 
-def stepped(model, method, mesh=None, accumulation=1):
+def stepped(model, method, mesh=None, accumulation=1, optimizer=None):
     """The state after two steps of plain gradient descent, whose differences are gradients, and the metrics."""
     apply, params, sites, batch = model
-    tx = method.optimizer(optax.sgd(0.5))
+    tx = method.optimizer(optimizer or optax.sgd(0.5))
     trainable, frozen = method.init(KEY, params, sites)
     state = init_state(trainable, tx)
     layout = None
@@ -112,6 +112,16 @@ def test_a_mesh_of_explicit_axes_gives_the_same(model, alone):
     state, _ = stepped(model, METHODS["QLoRA"], make_mesh("data=2,fsdp=4", axis_type=AxisType.Explicit))
     for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(alone("QLoRA")[0]), strict=True):
         np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=4,tensor=2"])
+def test_an_offloaded_optimizer_stays_in_the_host_in_pieces(model, mesh):
+    adam, method = optax.adam(1e-2, eps=1e-3), METHODS["LoRA"]
+    expected, _ = stepped(model, method, optimizer=adam)
+    state, _ = stepped(model, method, make_mesh(mesh), optimizer=jpeft.offload(adam))
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(state.optimizer_state) if x.ndim} == {"pinned_host"}
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), atol=1e-5, rtol=1e-4)
 
 
 def test_microbatches_are_of_each_device_s_own_rows(model, alone):
