@@ -162,7 +162,7 @@ def _against_product(p: Product, chip: tpu.Chip | gpu.Chip) -> str | None:
 
 
 def _against_rows(product: Product, chip: tpu.Chip | gpu.Chip) -> str | None:
-    """Why XLA takes what the kernel could; None where it does not."""
+    """Why XLA takes what the kernel could; None where it does not: on a TPU, whatever the rows (docs/benchmarks.md)."""
     if not isinstance(chip, gpu.Chip) or product.rows <= gpu.ROWS[chip.name]:
         return None
     return f"beyond {gpu.ROWS[chip.name]} rows, decoding once and multiplying with cuBLAS is taken to be faster"
