@@ -196,6 +196,13 @@ def both_directions(x, codes, scales):
     return pull(y)
 
 
+@pytest.fixture
+def measured(monkeypatch):
+    """As if the kernel had been measured everywhere."""
+    monkeypatch.setattr(gpu, "MEASURED", frozenset(gpu.ROWS))
+
+
+@pytest.mark.usefixtures("measured")
 @pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB"])
 @pytest.mark.parametrize("rows", [1, 16, 64, 100])
 def test_few_rows_are_kernels_on_hopper(kind, rows):
@@ -211,6 +218,7 @@ def test_other_gpus_are_xla_s(kind):
         lowered(kind, functools.partial(nf4_matmul, implementation="gpu"), *abstract(16, (512, 1024), 512))
 
 
+@pytest.mark.usefixtures("measured")
 def test_many_rows_are_xla_s_unless_the_kernel_is_asked_for():
     args = abstract(2048, (512, 1024), 512)
     assert "mosaic" not in lowered("NVIDIA H100 80GB HBM3", both_directions, *args)
@@ -218,6 +226,7 @@ def test_many_rows_are_xla_s_unless_the_kernel_is_asked_for():
     assert "@mosaic_gpu_v2" in lowered("NVIDIA H100 80GB HBM3", asked, *args)
 
 
+@pytest.mark.usefixtures("measured")
 def test_scanned_layers_are_kernels_and_no_dense_weight():
     def loss(x, *layers):
         def layer(x, packed):
@@ -232,6 +241,7 @@ def test_scanned_layers_are_kernels_and_no_dense_weight():
     assert not {"256x512xbf16", "256x512xf32"} & set(re.findall(r"tensor<(?:6x)?([\w]+)>", text))
 
 
+@pytest.mark.usefixtures("measured")
 def test_experts_under_vmap_are_one_kernel():
     x, *packed = (jax.ShapeDtypeStruct((4, *each.shape), each.dtype) for each in abstract(16, (256, 512), 256))
     text = lowered("NVIDIA H100 80GB HBM3", jax.vmap(nf4_matmul), x, *packed)
@@ -282,6 +292,16 @@ def test_xla_takes_the_rest_and_the_reason_is_said(product, where, reason):
     assert choice.why in str(error.value)
 
 
+def test_until_it_was_measured_a_kernel_runs_where_it_is_asked_for():
+    few = Product(16, (4096, 4096))
+    assert gpu.MEASURED <= gpu.ROWS.keys()
+    for chip in gpu.ROWS.keys() - gpu.MEASURED:
+        where = Target("gpu", f"NVIDIA {chip}")
+        assert f"not measured on a {chip} yet" in choose.why(few, where)
+        assert choose.choose(few, where, "gpu").implementation == "gpu"
+
+
+@pytest.mark.usefixtures("measured")
 def test_rows_decide_unless_a_kernel_is_asked_for():
     few, many = (Product(rows, (4096, 4096)) for rows in (gpu.ROWS["H200"], gpu.ROWS["H200"] + 1))
     assert choose.why(few, ON_GPU) == "gpu: the kernel decodes in registers of NVIDIA H200"

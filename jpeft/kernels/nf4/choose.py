@@ -97,7 +97,7 @@ def choose(
         >>> choose(Product(2048, (4096, 4096)), Target("cpu", "cpu")).why
         'the product runs on cpu, and the kernels on a TPU or GPU'
         >>> choose(Product(2048, (4096, 4096)), Target("gpu", "NVIDIA H200")).why
-        'beyond 256 rows, decoding once and multiplying with cuBLAS is taken to be faster'
+        "the kernel was not measured on a H200 yet; to run it, ask for implementation='gpu'"
     """
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"expected implementation among {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
@@ -163,6 +163,10 @@ def _against_product(p: Product, chip: tpu.Chip | gpu.Chip) -> str | None:
 
 def _against_rows(product: Product, chip: tpu.Chip | gpu.Chip) -> str | None:
     """Why XLA takes what the kernel could; None where it does not: on a TPU, whatever the rows (docs/benchmarks.md)."""
-    if not isinstance(chip, gpu.Chip) or product.rows <= gpu.ROWS[chip.name]:
+    if not isinstance(chip, gpu.Chip):
+        return None
+    if chip.name not in gpu.MEASURED:
+        return f"the kernel was not measured on a {chip.name} yet; to run it, ask for implementation='gpu'"
+    if product.rows <= gpu.ROWS[chip.name]:
         return None
     return f"beyond {gpu.ROWS[chip.name]} rows, decoding once and multiplying with cuBLAS is taken to be faster"

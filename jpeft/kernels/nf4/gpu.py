@@ -33,7 +33,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from jpeft.kernels.nf4.gpu_registers import ACROSS, STRIP, Order, decoded, renamed, restored
 
-__all__ = ["CHIPS", "ROWS", "TILES", "Chip", "Tile", "chip_of", "decode", "matmul", "tile_for", "unfit"]
+__all__ = ["CHIPS", "MEASURED", "ROWS", "TILES", "Chip", "Tile", "chip_of", "decode", "matmul", "tile_for", "unfit"]
 
 AXES = ("columns", "piece", "rows")  # of the grid
 DECODED = 4  # tiles that one piece of the grid decodes, where no weight is multiplied
@@ -75,6 +75,9 @@ TILES: dict[tuple, Tile] = {}
 # a weight. Decoded once, a weight is read packed, written and read in bfloat16: 4.6 bytes, at 3.35 TB/s 1.4 ps, before
 # it is multiplied. `scripts/bench/nf4.py gpu products` measures both, and where they cross.
 ROWS = {"H100": 256, "H200": 256}
+
+# The chips on which that was measured. On the others XLA takes every product, unless the kernel is asked for.
+MEASURED: frozenset[str] = frozenset()
 
 
 def chip_of(device_kind: str) -> Chip | None:
