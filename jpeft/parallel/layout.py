@@ -25,7 +25,7 @@ from jpeft.parallel.gathered import Gathered, all_gather
 from jpeft.parallel.mesh import BATCH_AXES, describe
 from jpeft.parallel.offload import results_in_host
 
-__all__ = ["Layout", "Place", "shard"]
+__all__ = ["Layout", "Place", "shard", "shard_params"]
 
 SMALL, LARGE = 2**14, 2**20
 """Arrays of fewer elements a layer than SMALL are whole on every device, as gathering them costs more than it saves;
@@ -163,6 +163,25 @@ def shard(mesh: Mesh, method, params, sites: Sites, optimizer=None, calibration=
     places = _places(mesh, method, halves, sites)
     state = None if optimizer is None else _state_shardings(mesh, optimizer, halves[0], places[0])
     return Layout(mesh, method, places, {site.path: site.axes for site in sites}, state)
+
+
+def shard_params(mesh: Mesh, params, sites: Sites) -> Any:
+    """A `NamedSharding` for each array of the pretrained tree, as `shard` places what a method leaves as it is.
+
+    Args:
+        params: the tree, or its shapes.
+
+    Raises:
+        ValueError: as `shard`.
+    """
+    axes = {site.path: site.axes for site in sites}
+    tensor = _tensor_splits(mesh, sites) if mesh.shape["tensor"] > 1 else {}
+
+    def place(path, leaf):
+        [(_, found)] = _places_in(mesh, path, 0, [leaf], axes.get(path), tensor.get(path))
+        return NamedSharding(mesh, found.spec)
+
+    return map_with_paths(place, params)
 
 
 def _state_shardings(mesh: Mesh, optimizer, trainable, places):

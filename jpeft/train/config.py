@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 __all__ = ["TrainConfig", "differences"]
 
-_WHERE_NOT_WHAT = ("out", "overwrite", "resume", "log_every", "save_every", "samples", "offload_optimizer")
+_WHERE_NOT_WHAT = ("out", "overwrite", "resume", "log_every", "save_every", "samples", "offload_optimizer", "mesh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,7 @@ class TrainConfig:
         dtype: type of the computation; "auto" is bfloat16 on an accelerator and float32 on a CPU.
         remat: what the backward pass computes again, to save memory: "full" each layer from its input, "offload" the
             same with the inputs kept in the host's memory, "dots" all but the products with weights; "none" by default.
+        mesh: sizes by axis, as fsdp=8 or data=2,fsdp=4,tensor=2, for all devices; the first device alone when absent.
         offload_optimizer: keep the optimizer's state in the host's memory; an error where the platform cannot.
         seed: of the split, the order of the data, the method's start and dropout.
         evaluate_every: steps between held-out evaluations; only before and after when 0.
@@ -74,6 +75,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: Literal["none", "full", "dots", "offload"] = "none"
+    mesh: str | None = None
     offload_optimizer: bool = False
     seed: int = 0
     evaluate_every: int = 0

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jpeft.parallel import make_mesh, shard, shard_params
 from jpeft.train import data
 from jpeft.train.adapter import fingerprint, save_adapter
 from jpeft.train.checkpoint import Checkpoints
@@ -21,7 +22,7 @@ from jpeft.train.config import TrainConfig
 from jpeft.train.folder import RunFolder
 from jpeft.train.optimizer import adamw, schedule
 from jpeft.train.report import Speed, plot_losses, progress
-from jpeft.train.step import init_state, make_evaluation, make_step
+from jpeft.train.step import init_state, make_evaluation, make_step, state_shardings
 from jpeft.train.tokens import Example, with_prompt
 
 __all__ = ["Result", "fit", "total_steps"]
@@ -75,9 +76,18 @@ def fit(
     )
     tx = method.optimizer(plain)
     key = jax.random.key(config.seed)
+    layout = None
+    if config.mesh is not None:
+        layout = shard(make_mesh(config.mesh), method, params, sites, tx, calibration or None)
+        layout.check_rows(config.batch_size // config.accumulation)
+        params = jax.device_put(params, shard_params(layout.mesh, params, sites))
     trainable, frozen = method.init(key, params, sites, calibration or None)
+    if layout is not None:
+        trainable, frozen = jax.device_put((trainable, frozen), (layout.trainable, layout.frozen))
     state = init_state(trainable, tx)
-    step_fn, evaluate = make_step(apply, method, tx, config.accumulation), make_evaluation(apply)
+    if layout is not None:
+        state = jax.device_put(state, state_shardings(layout))
+    step_fn, evaluate = make_step(apply, method, tx, config.accumulation, layout), make_evaluation(apply)
     rows = config.batch_size, config.packing
     held_out_batches = data.fixed_batches(shown[1], length, *rows, method.position_shift)
     batches = data.batches(shown[0], length, rows[0], config.seed, rows[1], method.position_shift)
@@ -109,6 +119,8 @@ def fit(
             say(f"held-out loss before: {held_out_losses[0]:.4f}" + (f"; going on from step {done}" if done else ""))
             while done < steps and not stopped():
                 position, batch = batches.get_state(), next(batches)
+                if layout is not None:
+                    batch = jax.device_put(batch, layout.batch)
                 state, metrics = step_fn(state, frozen, batch, key)
                 loss = float(metrics["loss"])
                 if not metrics["finite"]:

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, PartitionSpec
 import jpeft
 import jpeft.models
 from jpeft.parallel import layout as layouts
-from jpeft.parallel import make_mesh, shard
+from jpeft.parallel import make_mesh, shard, shard_params
 from jpeft.train.step import State, init_state, make_step, state_shardings
 
 CONFIG = dict(
@@ -148,6 +148,28 @@ def test_everything_large_is_in_pieces_and_codes_stay_codes(model):
     ]
     whole, here = map(sum, zip(*sizes, strict=True))
     assert here < 0.14 * whole
+
+
+def test_offloaded_state_lies_in_the_hosts_memory_as_its_parameters_do(model):
+    apply, params, sites, batch = model
+    method = METHODS["LoRA"]
+    tx = optax.chain(optax.clip_by_global_norm(1.0), jpeft.offload(optax.adamw(1e-3)))
+    layout = shard(make_mesh("fsdp=8"), method, params, sites, tx)
+    moments, trained = jax.tree.leaves(layout.optimizer_state[1][0].mu), jax.tree.leaves(layout.trainable)
+    assert {s.memory_kind for s in moments} == {"pinned_host"}
+    assert [s.spec for s in moments] == [s.spec for s in trained]
+    trainable, frozen = placed(method.init(KEY, params, sites), (layout.trainable, layout.frozen))
+    state = jax.device_put(init_state(trainable, tx), state_shardings(layout))
+    state, metrics = make_step(apply, method, tx, layout=layout)(state, frozen, batch, KEY)
+    assert metrics["finite"]
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(state.optimizer_state[1][0].mu)} == {"pinned_host"}
+
+
+def test_the_pretrained_tree_lies_as_the_frozen_half(model):
+    _, params, sites, _ = model
+    mesh = make_mesh("fsdp=4,tensor=2")
+    layout = shard(mesh, METHODS["LoRA"], params, sites)
+    assert jax.tree.leaves(shard_params(mesh, params, sites)) == jax.tree.leaves(layout.frozen)
 
 
 def test_the_program_gathers_codes_and_never_a_dense_weight(model):

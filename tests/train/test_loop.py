@@ -1,5 +1,7 @@
+import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -10,6 +12,7 @@ from tiny_llama import CONFIG
 
 import jpeft
 from jpeft import models
+from jpeft.parallel import layout
 from jpeft.train import loop
 from jpeft.train.adapter import flatten
 from jpeft.train.config import TrainConfig, differences
@@ -203,3 +206,27 @@ def test_settings_out_of_range_are_reported_together():
 
 def test_where_a_run_writes_does_not_matter_to_resuming():
     assert differences(TrainConfig(out="a").to_dict(), TrainConfig(out="b", resume=True).to_dict()) == []
+
+
+def test_a_run_on_a_mesh_is_the_run_of_one_device_and_goes_on_from_another_mesh(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(layout, "SMALL", 16)
+    method = dataclasses.replace(METHOD, dropout=0.0)
+    go = lambda settings: fit(*model, method, examples(40), examples(5, 1), settings, LENGTH)
+    alone = go(config(tmp_path / "alone", batch_size=8))
+    meshed = go(config(tmp_path / "mesh", batch_size=8, mesh="fsdp=8"))
+    assert len(jax.tree.leaves(meshed.trainable)[0].sharding.device_set) == 8
+    last = lambda folder: [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
+    for one, other in zip(last("alone"), last("mesh"), strict=True):
+        assert one.get("loss", 0) == pytest.approx(other.get("loss", 0), rel=1e-4)
+        assert one.get("heldout_loss", 0) == pytest.approx(other.get("heldout_loss", 0), rel=1e-4)
+    shutil.rmtree(tmp_path / "mesh" / "checkpoints" / "6")
+    resumed = go(config(tmp_path / "mesh", batch_size=8, mesh="data=2,fsdp=4"))
+    assert resumed.heldout_loss_after == pytest.approx(alone.heldout_loss_after, rel=1e-3)
+    assert len(jax.tree.leaves(resumed.trainable)[0].sharding.device_set) == 8
+
+
+def test_a_batch_that_the_mesh_cannot_share_is_refused(model, tmp_path):
+    with pytest.raises(ValueError, match="a batch of 2 rows cannot be split over the 8 devices"):
+        run(model, config(tmp_path / "out", mesh="fsdp=8"))
+    with pytest.raises(ValueError, match="8 devices, got fsdp=4"):
+        run(model, config(tmp_path / "out", mesh="fsdp=4"))
