@@ -16,21 +16,30 @@ def folder_of(model: str | None) -> Path:
     return Path(model) if model else Path(assets.model_path())
 
 
-def load(folder: Path, dtype: str = "auto", remat: str = "none") -> tuple[Any, Any]:
+def load(folder: Path, dtype: str = "auto", remat: str = "none", mesh: str | None = None) -> tuple[Any, Any]:
     """`(apply, params)` of a folder, computing in `dtype`; "auto" is float32 on a CPU and bfloat16 elsewhere.
 
-    `remat` as `TrainConfig` has it.
+    `remat` and `mesh` as `TrainConfig` has them; on a mesh each dense array is read straight into its shards.
     """
     import jax
 
     from jpeft import models
+    from jpeft.models.apply import read_config
 
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return models.load(folder, dtype=dtype, remat=None if remat == "none" else remat)
+    options = {"dtype": dtype, "remat": None if remat == "none" else remat}
+    if mesh is None or "quantization_config" in read_config(folder):
+        return models.load(folder, **options)
+    from jpeft.parallel import make_mesh, shard_params
+
+    apply, shapes = models.abstract(folder, **options)
+    return models.load(folder, **options, shardings=shard_params(make_mesh(mesh), shapes, sites_of(apply, shapes)))
 
 
-def load_language_model(folder: Path, dtype: str = "auto", remat: str = "none") -> tuple[Any, Any]:
+def load_language_model(
+    folder: Path, dtype: str = "auto", remat: str = "none", mesh: str | None = None
+) -> tuple[Any, Any]:
     """As `load`.
 
     Raises:
@@ -44,7 +53,7 @@ def load_language_model(folder: Path, dtype: str = "auto", remat: str = "none") 
             f"expected a decoder-only language model in {folder}, got {apply.config.model_type!r}: jpeft.models loads "
             "it, and a loop around jpeft.lift trains it"
         )
-    return load(folder, dtype, remat)
+    return load(folder, dtype, remat, mesh)
 
 
 def sites_of(apply, params, length: int = 8):

@@ -31,7 +31,7 @@ def run(arguments: Sequence[str]) -> None:
 
     source = model.folder_of(config.model)
     text = Text(source)
-    apply, params = model.load_language_model(source, config.dtype, config.remat)
+    apply, params = model.load_language_model(source, config.dtype, config.remat, config.mesh)
     length = _length(config, apply.config.max_position_embeddings, method)
     room = length - method.prompt_length
     examples = encode_records(text, training, room), encode_records(text, held_out, room)

@@ -177,11 +177,14 @@ def shard_params(mesh: Mesh, params, sites: Sites) -> Any:
     axes = {site.path: site.axes for site in sites}
     tensor = _tensor_splits(mesh, sites) if mesh.shape["tensor"] > 1 else {}
 
-    def place(path, leaf):
-        [(_, found)] = _places_in(mesh, path, 0, [leaf], axes.get(path), tensor.get(path))
-        return NamedSharding(mesh, found.spec)
-
-    return map_with_paths(place, params)
+    leaves, structure = jax.tree.flatten(params)
+    numbered = jax.tree.unflatten(structure, range(len(leaves)))
+    found = {
+        k: NamedSharding(mesh, place.spec)
+        for path, leaf in leaves_with_paths(numbered)
+        for k, place in _places_in(mesh, path, leaf, leaves, axes.get(path), tensor.get(path))
+    }
+    return jax.tree.unflatten(structure, [found[k] for k in range(len(leaves))])
 
 
 def _state_shardings(mesh: Mesh, optimizer, trainable, places):

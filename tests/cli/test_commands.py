@@ -58,6 +58,30 @@ def run_folder(tiny, tmp_path_factory):
     return folder / "out"
 
 
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_train_on_a_mesh(tiny, tmp_path, method):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{i} + 1 =", "completion": f" {i + 1}"}) + "\n" for i in range(20)))
+    options = (
+        "--method",
+        method,
+        "--rank",
+        2,
+        "--max-steps",
+        2,
+        "--batch-size",
+        8,
+        "--samples",
+        1,
+        "--sample-tokens",
+        2,
+    )
+    ok("train", "--model", tiny, "--data", data, *options, "--mesh", "data=2,fsdp=4", "--out", tmp_path / "out")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert np.isfinite(summary["heldout_loss_after"])
+    assert (tmp_path / "out" / "adapter").is_dir()
+
+
 def test_train_writes_everything(run_folder):
     names = {"adapter", "checkpoints", "config.yaml", "metrics.jsonl", "loss.png", "samples.md", "summary.json"}
     assert {p.name for p in run_folder.iterdir()} == names
