@@ -237,8 +237,8 @@ def _places_in(mesh, path, leaf, leaves, axes, tensor):
             return
         array = leaves[leaf]
         spec = PartitionSpec(*tensor) if tensor else PartitionSpec()
-        known = axes is not None and len(axes) == array.ndim
-        yield leaf, _cut(mesh, path, array.shape, spec, _stacks(axes) if known else 0, early=not known)
+        stacks = _stacks(axes) if axes is not None and len(axes) == array.ndim else None
+        yield leaf, _cut(mesh, path, array.shape, spec, stacks or 0, early=stacks is None)
         return
     whole = jax.tree.map(lambda k: leaves[k], leaf)
     yield from _fields(mesh, path, leaf, tensor, leaves, whole)

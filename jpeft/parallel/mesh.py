@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -40,7 +41,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 def make_mesh(
     shape: str | Mapping[str, int] | None = None,
     *,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
     axis_type: AxisType = AxisType.Auto,
 ) -> Mesh:
     """A mesh with all of `AXES`, those not named of size one.

@@ -47,6 +47,7 @@ def memory(compiled) -> Memory:
     results = m.output_size_in_bytes - m.alias_size_in_bytes
     parts = m.argument_size_in_bytes, results, m.temp_size_in_bytes, m.generated_code_size_in_bytes
     host = m.host_argument_size_in_bytes + m.host_output_size_in_bytes + m.host_temp_size_in_bytes
+    host -= m.host_alias_size_in_bytes
     return Memory(*parts, max(getattr(m, "peak_memory_in_bytes", 0), sum(parts[:3])) + parts[3], host)
 
 
@@ -158,7 +159,7 @@ def _turns(condition: list[str]) -> int:
 
 
 def _bytes(dtype: str, dims: str) -> int:
-    bits = _BITS.get(dtype) if dtype in _BITS else int((re.search(r"\d+", dtype) or ["32"])[0])
+    bits = _BITS[dtype] if dtype in _BITS else int((re.search(r"\d+", dtype) or ["32"])[0])
     return math.prod(int(n) for n in dims.split(",") if n) * bits // 8
 
 

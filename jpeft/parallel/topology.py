@@ -10,8 +10,7 @@ import importlib.util
 import math
 import os
 from dataclasses import dataclass
-
-import jax
+from typing import Any
 
 __all__ = ["GENERATIONS", "Generation", "Slice", "parse_topology"]
 
@@ -66,7 +65,7 @@ class Slice:
         """JAX devices."""
         return self.chips * GENERATIONS[self.generation].devices_per_chip
 
-    def devices(self) -> list[jax.Device]:
+    def devices(self) -> list[Any]:
         """The slice's devices, to compile for; none of them runs anything.
 
         Raises:

@@ -116,7 +116,7 @@ def plan(
     parts = {
         "weights": per_device(frozen, layout.frozen),
         "adapters": per_device(state.trainable, layout.trainable),
-        "optimizer": per_device(state.optimizer_state, shards(state.optimizer_state)),
+        "optimizer": per_device(*_on_device(state.optimizer_state)),
         "batch": per_device(batch, shards(batch)),
     }
     step = make_step(apply, method, tx, accumulation, layout)
@@ -145,6 +145,12 @@ def plan(
         time.perf_counter() - begun,
         text,
     )
+
+
+def _on_device(state) -> tuple[list, list]:
+    """The arrays of a state that are not in the host's memory, and their shardings."""
+    here = [x for x in jax.tree.leaves(state) if x.sharding.memory_kind != "pinned_host"]
+    return here, [x.sharding for x in here]
 
 
 def _halves(method, params, sites) -> tuple[Any, Any]:

@@ -38,9 +38,10 @@ def init_state(trainable, tx: optax.GradientTransformation) -> State:
     return jax.tree.map(lambda x: jax.device_put(x, x.sharding), state)
 
 
-def state_shardings(layout: Layout) -> State:
+def state_shardings(layout: Layout) -> Any:
     """Where each array of a state lies."""
-    return State(NamedSharding(layout.mesh, PartitionSpec()), layout.trainable, layout.optimizer_state)
+    whole: Any = NamedSharding(layout.mesh, PartitionSpec())
+    return State(whole, layout.trainable, layout.optimizer_state)
 
 
 def loss_sum(apply: Callable, bound, batch: dict[str, jax.Array]) -> jax.Array:

@@ -45,6 +45,13 @@ def test_a_plan_says_what_each_device_holds_and_exchanges(model, monkeypatch):
     assert codes >= 2 * matrices // 2, "the codes of all layers, forward and backward"
 
 
+def test_offloaded_state_is_the_host_s(model):
+    tx = jpeft.offload(optax.adamw(1e-3))
+    found = plan(*model, QLORA, tx, make_mesh("fsdp=8"), 8, 32, limit_gib=1.0)
+    assert found.fits
+    assert found.parts_gib["optimizer"] < 0.01 * found.parts_gib["adapters"], "the counters alone"
+
+
 def test_a_small_limit_does_not_fit(model):
     assert not plan(*model, QLORA, optax.adamw(1e-3), make_mesh("fsdp=8"), 8, 32, limit_gib=1e-4).fits
 
