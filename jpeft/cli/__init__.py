@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name not in _COMMANDS:
         import difflib
 
-        near = difflib.get_close_matches(name, _COMMANDS, n=2, cutoff=0.4)
+        near = difflib.get_close_matches(name, _COMMANDS, n=2, cutoff=0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         _fail(f"expected one of the commands {', '.join(_COMMANDS)}, got {name!r}{hint}")
     from jpeft.cli.options import UserError, user_errors

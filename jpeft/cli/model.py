@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["folder_of", "load", "load_language_model", "sites_of", "with_adapter", "adapter_of", "complete", "matched"]
+__all__ = [
+    "folder_of",
+    "load",
+    "load_language_model",
+    "load_to_train",
+    "sites_of",
+    "with_adapter",
+    "adapter_of",
+    "complete",
+    "matched",
+]
 
 
 def folder_of(model: str | None) -> Path:
@@ -16,35 +29,88 @@ def folder_of(model: str | None) -> Path:
     return Path(model) if model else Path(assets.model_path())
 
 
-def load(folder: Path, dtype: str = "auto", remat: str = "none", mesh: str | None = None) -> tuple[Any, Any]:
+def load(folder: Path, dtype: str = "auto", remat: str = "none", mesh: str | None = None, each=None) -> tuple[Any, Any]:
     """`(apply, params)` of a folder, computing in `dtype`; "auto" is float32 on a CPU and bfloat16 elsewhere.
 
-    `remat` and `mesh` as `TrainConfig` has them; on a mesh each dense array is read straight into its shards.
+    `remat` and `mesh` as `TrainConfig` has them; on a mesh each dense array is read straight into its shards. `each` as
+    in `models.load`.
     """
     import jax
 
     from jpeft import models
-    from jpeft.models.apply import read_config
 
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    options = {"dtype": dtype, "remat": None if remat == "none" else remat}
-    if mesh is None or "quantization_config" in read_config(folder):
-        return models.load(folder, **options)
+    options: dict[str, Any] = {"dtype": dtype, "remat": None if remat == "none" else remat}
+    if mesh is None or _is_compressed(folder):
+        return models.load(folder, **options, each=each)
     from jpeft.parallel import make_mesh, shard_params
 
     apply, shapes = models.abstract(folder, **options)
-    return models.load(folder, **options, shardings=shard_params(make_mesh(mesh), shapes, sites_of(apply, shapes)))
+    shardings = shard_params(make_mesh(mesh), shapes, sites_of(apply, shapes))
+    return models.load(folder, **options, shardings=shardings, each=each)
 
 
-def load_language_model(
-    folder: Path, dtype: str = "auto", remat: str = "none", mesh: str | None = None
-) -> tuple[Any, Any]:
+def load_to_train(folder: Path, method, dtype: str, remat: str, mesh: str | None) -> tuple[Any, Any, Any]:
+    """`(apply, params, fingerprint)` for a method; what it compresses is compressed as it is read.
+
+    `load` says the rest; the fingerprint is that of the folder's own parameters.
+
+    Raises:
+        ValueError: a model that does not go on with its text token by token.
+    """
+    import jax
+
+    from jpeft import models
+    from jpeft.core.tree import path_string
+    from jpeft.quant import compressing
+    from jpeft.train.adapter import fingerprint, fingerprint_of, sampled
+
+    _check_goes_on(folder)
+    apply, shapes = models.abstract(folder)
+    compress = None if _is_compressed(folder) else compressing(method, sites_of(apply, shapes))
+    if compress is None:
+        apply, params = load(folder, dtype, remat, mesh)
+        return apply, params, fingerprint(params)
+    paths = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+    samples: dict[str, Any] = {}
+    with _bar("compressing", len(paths)) as advance:
+
+        def each(path, leaf):
+            samples[path] = sampled(leaf)
+            found = jax.block_until_ready(compress(path, leaf))
+            advance()
+            return found
+
+        apply, params = load(folder, dtype, remat, mesh, each)
+    return apply, params, fingerprint_of({path: samples[path] for path in paths})
+
+
+@contextlib.contextmanager
+def _bar(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """`advance()`, once for each of `total` arrays; a bar on a terminal, else nothing."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda: bar.advance(task)
+
+
+def load_language_model(folder: Path, dtype: str = "auto", remat: str = "none") -> tuple[Any, Any]:
     """As `load`.
 
     Raises:
         ValueError: a model that does not go on with its text token by token.
     """
+    _check_goes_on(folder)
+    return load(folder, dtype, remat)
+
+
+def _check_goes_on(folder: Path) -> None:
     from jpeft import models
 
     apply, _ = models.abstract(folder)
@@ -53,7 +119,12 @@ def load_language_model(
             f"expected a decoder-only language model in {folder}, got {apply.config.model_type!r}: jpeft.models loads "
             "it, and a loop around jpeft.lift trains it"
         )
-    return load(folder, dtype, remat, mesh)
+
+
+def _is_compressed(folder: Path) -> bool:
+    from jpeft.models.apply import read_config
+
+    return "quantization_config" in read_config(folder)
 
 
 def sites_of(apply, params, length: int = 8):

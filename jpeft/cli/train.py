@@ -31,7 +31,7 @@ def run(arguments: Sequence[str]) -> None:
 
     source = model.folder_of(config.model)
     text = Text(source)
-    apply, params = model.load_language_model(source, config.dtype, config.remat, config.mesh)
+    apply, params, base = model.load_to_train(source, method, config.dtype, config.remat, config.mesh)
     length = _length(config, apply.config.max_position_embeddings, method)
     room = length - method.prompt_length
     examples = encode_records(text, training, room), encode_records(text, held_out, room)
@@ -45,7 +45,7 @@ def run(arguments: Sequence[str]) -> None:
 
     from jpeft.train.loop import fit
 
-    result = fit(apply, params, sites, method, *examples, config, length, folder, calibration)
+    result = fit(apply, params, sites, method, *examples, config, length, folder, calibration, base)
     if not result.finished:
         print(f"stopped at step {result.steps}; all is saved, and the same command goes on from there")
         return

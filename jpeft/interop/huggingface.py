@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,7 @@ def read(
     quantization: Mapping[str, Any] | None = None,
     compute_dtype: str | None = None,
     leaf_dtype: Any = "float32",
+    each: Callable[[str, Any], Any] | None = None,
 ):
     """The tree of `shapes` (nested dictionaries) from a folder's safetensors, each leaf read straight into its shards.
 
@@ -117,6 +118,7 @@ def read(
         shardings: one sharding, or a tree of them; the first device where None.
         quantization: the config's `quantization_config`, which says what is compressed; None where it has none.
         compute_dtype, leaf_dtype: of compressed leaves, see `bitsandbytes.from_tensors`.
+        each: `(path, leaf) -> what stands in the tree`, called as soon as a leaf is read, which is then let go.
 
     Raises:
         FileNotFoundError: where the folder or one of its files is absent.
@@ -156,7 +158,7 @@ def read(
 
         return jax.make_array_from_callback(shape, placed[leaf_path], shard)
 
-    return _unflat(shapes, leaf)
+    return _unflat(shapes, leaf if each is None else lambda leaf_path: each(leaf_path, leaf(leaf_path)))
 
 
 def _renamed(path, stored: dict[str, Stored], renamed: Sequence[tuple[str, str]]) -> dict[str, Stored]:

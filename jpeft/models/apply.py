@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,7 @@ def load(
     shardings=None,
     num_labels: int | None = None,
     key: Array | None = None,
+    each: Callable[[str, Any], Any] | None = None,
 ) -> tuple[Apply, dict]:
     """`(apply, params)` of a Hugging Face folder: `config.json` and one or many safetensors files.
 
@@ -133,6 +135,8 @@ def load(
             `abstract` gives them); the first device where None.
         num_labels: as in `abstract`. What of the head the folder has for so many labels is read, the rest is drawn.
         key: to draw it from.
+        each: `(path, leaf) -> what stands in the tree`, called as soon as a leaf is read, which is then let go: by
+            `jpeft.quant.compressing` the dense model is never there as a whole.
 
     Raises:
         FileNotFoundError: where the folder, its config or one of its files is absent.
@@ -155,6 +159,7 @@ def load(
         quantization=quantization,
         compute_dtype=quantization_config.compute_dtype(quantization) if dtype is None else None,
         leaf_dtype=apply.config.param_dtype,
+        each=each,
     )
     return apply, _with_drawn(apply, params, key, shardings)
 

@@ -5,8 +5,9 @@ from jpeft.quant.fp4 import FP4
 from jpeft.quant.int8 import Int8
 from jpeft.quant.merging import requantize
 from jpeft.quant.nf4 import NF4
+from jpeft.quant.streaming import compressing
 
-__all__ = ["FP4", "NF4", "Int8", "quantizers", "requantize"]
+__all__ = ["FP4", "NF4", "Int8", "compressing", "quantizers", "requantize"]
 
 
 def quantizers() -> dict[str, type[Method]]:

@@ -34,7 +34,9 @@ __all__ = [
     "save_adapter",
     "load_adapter",
     "read_adapter",
+    "fingerprint_of",
     "refuse_other_base",
+    "sampled",
     "write_text",
 ]
 
@@ -69,19 +71,26 @@ def decode_method(saved: Mapping[str, Any], methods: Mapping[str, type]) -> Any:
 
 def fingerprint(params) -> dict[str, Any]:
     """What tells one base from another: its shapes, and a checksum of some of its values rounded to bfloat16."""
-    leaves = [(path_string(p), x) for p, x in jax.tree_util.tree_leaves_with_path(params)]
-    shapes = {path: list(x.shape) for path, x in leaves}
+    return fingerprint_of({path: sampled(x) for path, x in flatten(params).items()})
+
+
+def fingerprint_of(samples: Mapping[str, tuple[list[int], bytes]]) -> dict[str, Any]:
+    """The fingerprint of a tree whose leaves, in their order, have these `sampled` values."""
     values = 0
-    for path, x in leaves:
-        some = np.asarray(x[(0,) * (x.ndim - 1)][:64] if x.ndim else x)
-        rounded = some.astype(jnp.bfloat16).view(np.uint16) if some.dtype.kind in "fV" else some
-        values = zlib.crc32(path.encode() + rounded.tobytes(), values)
-    return {"shapes": shapes, "values": values}
+    for path, (_, some) in samples.items():
+        values = zlib.crc32(path.encode() + some, values)
+    return {"shapes": {path: shape for path, (shape, _) in samples.items()}, "values": values}
 
 
-def refuse_other_base(saved: Mapping[str, Any], params, what: str) -> None:
-    """Raise a ValueError that names the differences, unless the saved fingerprint is that of these params."""
-    now = fingerprint(params)
+def sampled(x) -> tuple[list[int], bytes]:
+    """A leaf's shape and some of its values, as a fingerprint needs them."""
+    some = np.asarray(x[(0,) * (x.ndim - 1)][:64] if x.ndim else x)
+    rounded = some.astype(jnp.bfloat16).view(np.uint16) if some.dtype.kind in "fV" else some
+    return list(x.shape), rounded.tobytes()
+
+
+def refuse_other_base(saved: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
+    """Raise a ValueError that names the differences, unless two fingerprints are the same."""
     if saved == now:
         return
     old, new = saved["shapes"], now["shapes"]
@@ -186,7 +195,7 @@ def load_adapter(folder: str | Path, params, sites, methods: Mapping[str, type])
         FileNotFoundError: no adapter there.
     """
     saved = read_adapter(folder)
-    refuse_other_base(saved["fingerprint"], params, f"the adapter in {folder}")
+    refuse_other_base(saved["fingerprint"], fingerprint(params), f"the adapter in {folder}")
     method = decode_method(saved["method"], methods)
     path, more = Path(folder) / "trainable.safetensors", Path(folder) / "frozen.safetensors"
     arrays = _load_arrays(path, load_file)

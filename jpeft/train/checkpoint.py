@@ -42,7 +42,7 @@ class Checkpoints:
         self._manager.save(step, args=items, force=True)
         self._manager.wait_until_finished()
 
-    def restore(self, like: State, settings: dict, params) -> tuple[State, Any]:
+    def restore(self, like: State, settings: dict, base_fingerprint: dict) -> tuple[State, Any]:
         """`(state, data position)` of the newest checkpoint.
 
         Raises:
@@ -51,7 +51,7 @@ class Checkpoints:
         step = self.latest()
         where = f"the checkpoint of step {step} in {self._manager.directory}"
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-        refuse_other_base(meta["fingerprint"], params, where)
+        refuse_other_base(meta["fingerprint"], base_fingerprint, where)
         changed = differences(meta["settings"], settings)
         if changed:
             raise ValueError(

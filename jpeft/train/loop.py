@@ -53,11 +53,12 @@ def fit(
     length: int,
     folder: RunFolder | None = None,
     calibration=None,
+    base: dict | None = None,
 ) -> Result:
     """Fine-tune `params` by `method`, writing all but the samples and the summary into the run's folder.
 
     `calibration` is what a method that starts from data is given, by `calibration_for`. Rows of `length` hold the
-    method's virtual tokens too.
+    method's virtual tokens too. `base` is the fingerprint of the pretrained tree, where `params` were made of another.
 
     SIGTERM and the first SIGINT save a checkpoint and return; the same call then goes on from there.
 
@@ -92,7 +93,7 @@ def fit(
     held_out_batches = data.fixed_batches(shown[1], length, *rows, method.position_shift)
     batches = data.batches(shown[0], length, rows[0], config.seed, rows[1], method.position_shift)
     settings = {**config.to_dict(), "steps": steps, "training_checksum": _checksum(training)}
-    base = fingerprint(params)
+    base = base or fingerprint(params)
 
     folder.begin(config)
     checkpoints = Checkpoints(folder.path / "checkpoints")
@@ -107,7 +108,7 @@ def fit(
     speed = Speed()
     with _signals() as stopped, contextlib.closing(checkpoints):
         if checkpoints.latest() is not None:
-            state, position = checkpoints.restore(state, settings, params)
+            state, position = checkpoints.restore(state, settings, base)
             batches.set_state(position)
             folder.rewind(int(state.step))
         else:
