@@ -96,11 +96,14 @@ RATES = {
     "CorDA": 1e-3,
     "PromptTuning": 1e-1,
     "MultitaskPromptTuning": 1e-1,
+    "PTuningV2": 1e-1,
+    "LLaMAAdapter": 1e-1,
 }
 CHANGES = {
     "FourierFT": {"start": "zeros"},
     "TrainableTokens": {"token_indices": tuple(range(4096))},
     "AdaLoRA": {"total_steps": STEPS, "tinit": 5, "tfinal": 10},
+    "LLaMAAdapter": {"num_layers": 4},
 }
 
 
