@@ -18,7 +18,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jpeft.core.sites import AttentionSite, Sites
-from jpeft.core.targets import select
+from jpeft.core.targets import PRESETS
 from jpeft.core.tree import leaves_with_paths, map_with_paths, path_string
 from jpeft.core.weight import Weight
 from jpeft.parallel.gathered import Gathered, all_gather
@@ -91,7 +91,7 @@ class Layout:
 
         return map_with_paths(gathered, self.method.bind(*halves, key))
 
-    def mapped(self, fn: Callable, out_places=None) -> Callable:
+    def mapped(self, fn: Callable) -> Callable:
         """`fn(trainable, frozen, batch, key) -> (sum, like trainable)` of each device's rows, summed over the devices.
 
         `fn` binds with `self.bind`. What it gives for a trainable array that it gathers is summed already.
@@ -176,7 +176,6 @@ def shard_params(mesh: Mesh, params, sites: Sites) -> Any:
     """
     axes = {site.path: site.axes for site in sites}
     tensor = _tensor_splits(mesh, sites) if mesh.shape["tensor"] > 1 else {}
-
     leaves, structure = jax.tree.flatten(params)
     numbered = jax.tree.unflatten(structure, range(len(leaves)))
     found = {
@@ -260,7 +259,7 @@ def _fields(mesh, path, leaf, tensor, leaves, whole):
         yield k, _cut(mesh, path, shape, PartitionSpec(*entries), stacks)
     if isinstance(leaf.base, Weight):
         yield from _fields(mesh, path, leaf.base, tensor, leaves, whole.base)
-    elif leaf.base is not None:
+    elif isinstance(leaf.base, int):  # else it holds several, which are gathered for `bind`
         yield leaf.base, _cut(mesh, path, leaves[leaf.base].shape, PartitionSpec(*(tensor or ())), _stacks(labels))
 
 
@@ -292,7 +291,8 @@ def _cut(mesh: Mesh, path: str, shape, spec: PartitionSpec, stacks: int, early: 
 def _tensor_splits(mesh: Mesh, sites: Sites) -> dict[str, tuple]:
     """For each leaf that tensor parallelism cuts, its axes' mesh axes."""
     count = mesh.shape["tensor"]
-    closing = {**select(sites, "attention-output", ("dense",)), **select(sites, "down", ("dense",))}
+    closes = lambda site: PRESETS["attention-output"](site) or PRESETS["down"](site)
+    closing = {site.path: site for site in sites if site.kind == "dense" and closes(site)}
     opening = set()
     for site in sites:
         if isinstance(site, AttentionSite):
@@ -307,7 +307,7 @@ def _tensor_splits(mesh: Mesh, sites: Sites) -> dict[str, tuple]:
     splits: dict[str, tuple] = {}
     for site in sites:
         letter = "i" if site.path in closing else "o"
-        if site.kind == "dense" and (site.path in closing or site.path in opening or _feeds(site, closing, sites)):
+        if site.kind == "dense" and (site.path in closing or site.path in opening or _feeds(site, closing)):
             axis = site.axes.find(letter)
             if site.shape[axis] % count:
                 raise ValueError(
@@ -318,7 +318,7 @@ def _tensor_splits(mesh: Mesh, sites: Sites) -> dict[str, tuple]:
     return splits
 
 
-def _feeds(site, closing, sites: Sites) -> bool:
+def _feeds(site, closing) -> bool:
     """Whether a site's outputs are inputs of one that closes a sublayer."""
     return any(site.path in closed.inputs_from for closed in closing.values())
 

@@ -11,6 +11,7 @@ import jpeft
 import jpeft.models
 from jpeft.parallel import layout as layouts
 from jpeft.parallel import make_mesh, shard, shard_params
+from jpeft.quant.pieces import Pieces
 from jpeft.train.step import State, init_state, make_step, state_shardings
 
 CONFIG = dict(
@@ -122,6 +123,19 @@ def test_an_offloaded_optimizer_stays_in_the_host_in_pieces(model, mesh):
     assert {x.sharding.memory_kind for x in jax.tree.leaves(state.optimizer_state) if x.ndim} == {"pinned_host"}
     for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), atol=1e-5, rtol=1e-4)
+
+
+def test_a_stack_of_which_single_layers_are_dense(model):
+    apply, params, sites, batch = model
+    packed = jpeft.NF4().bind(*jpeft.NF4().init(KEY, params, sites))
+    kernel = packed["layers"]["mlp"]["up_proj"]["kernel"]
+    first = kernel.along(0, lambda x, k: jax.lax.slice_in_dim(x, 0, 1, axis=k))
+    second = params["layers"]["mlp"]["up_proj"]["kernel"][1:]
+    packed["layers"]["mlp"]["up_proj"]["kernel"] = Pieces((first, second), axes=kernel.axes)
+    of = apply, packed, sites, batch
+    (state, _), (expected, _) = (stepped(of, METHODS["LoRA"], mesh) for mesh in (make_mesh("fsdp=8"), None))
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5, rtol=1e-5)
 
 
 def test_microbatches_are_of_each_device_s_own_rows(model, alone):
