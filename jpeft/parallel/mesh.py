@@ -55,7 +55,7 @@ def make_mesh(
     Raises:
         ValueError: an unknown axis, or another number of devices.
 
-    >>> make_mesh("fsdp=1").axis_names
+    >>> make_mesh().axis_names
     ('data', 'fsdp', 'tensor')
     """
     devices = jax.devices() if devices is None else devices
