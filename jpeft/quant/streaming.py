@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from jpeft.core.sites import Sites
 from jpeft.quant.packed import Quantizer
 
@@ -31,4 +33,5 @@ def compressing(method, sites: Sites) -> Callable[[str, Any], Any] | None:
     if not isinstance(first, Quantizer) or any(m.OBSERVES for m in rest):
         return None
     chosen = first.chosen(sites)
-    return lambda path, leaf: first.wrap(None, leaf, chosen[path]) if path in chosen else leaf
+    key = jax.random.key(0)  # compressing draws nothing
+    return lambda path, leaf: first.wrap(key, leaf, chosen[path]) if path in chosen else leaf
