@@ -29,7 +29,7 @@ class PlanConfig:
         seq: tokens in a row.
         mesh: sizes by axis, as fsdp=8,tensor=2; when absent, fsdp takes as many devices as share the batch equally, and
             tensor the rest.
-        search: find the smallest slice of this kind that fits, from `topology` downwards and upwards.
+        search: find the smallest slice of the topology's kind that fits; its number of chips is not read then.
         method: the fine-tuning method, by name.
         rank: the method's rank.
         alpha: the method's alpha.
