@@ -1,4 +1,4 @@
-"""`jpeft plan`: what a training step takes on a slice of TPUs that nobody has booked yet, from the model's config."""
+"""`jpeft plan`: what a training step takes on TPUs or GPUs that nobody has booked yet, from the model's config."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["PlanConfig", "run"]
 
 @dataclasses.dataclass(frozen=True)
 class PlanConfig:
-    """Compile the training step for a TPU slice, with no weights and no TPU, and say what it takes.
+    """Compile the training step for TPUs or GPUs, with no weights and none of them, and say what it takes.
 
     Attributes:
         model: folder or config.json in Hugging Face format; weights are not read.
-        topology: the slice, as NAME-CHIPS: v5e-16, v5p-8, ...
+        topology: the slice, as NAME-CHIPS: v5e-16, v5p-8, h100-8, ...
         batch: rows of the whole batch, on all chips together.
         seq: tokens in a row.
         mesh: sizes by axis, as fsdp=8,tensor=2; when absent, fsdp takes as many devices as share the batch equally, and
@@ -130,32 +130,30 @@ class _Planner:
 
     def smallest(self, given) -> tuple[Any, Any]:
         """`(plan, slice)`: the smallest slice of the given one's kind that fits, or the largest, if none does."""
-        from jpeft.parallel.topology import Slice, sizes_of
+        from jpeft.parallel.topology import slices_of
 
-        fitting = [
-            n
-            for n in sizes_of(given.generation)
-            if self._weights_gib() / Slice(given.generation, n).size < given.hbm_gib
-        ]
+        slices = slices_of(given.kind)
+        weights = self._weights_gib(slices[0].devices()[:1])
+        fitting = [topology for topology in slices if weights / topology.size < given.hbm_gib]
         found = None
-        for chips in fitting:
-            topology = Slice(given.generation, chips)
+        for topology in fitting:
             if self.config.mesh is None and topology.size > self.config.batch * 8:
                 break  # heads do not go that far
             found = self.compiled(topology), topology
             if found[0].fits:
                 return found
         if found is None:
-            raise ValueError(f"the weights alone fill the largest {given.generation} slice")
+            raise ValueError(f"the weights alone fill the largest {given.kind} slice")
         return found
 
-    def _weights_gib(self) -> float:
+    def _weights_gib(self, device) -> float:
+        """Of one device that holds all."""
         import jax
 
         from jpeft.parallel import make_mesh, shard
         from jpeft.parallel.program import per_device
 
-        one = make_mesh("fsdp=1", devices=jax.devices()[:1])
+        one = make_mesh("fsdp=1", devices=device)
         layout = shard(one, self.method, self.params, self.sites)
         _, frozen = jax.eval_shape(lambda p: self.method.init(jax.random.key(0), p, self.sites), self.params)
         return per_device(frozen, layout.frozen) / 2**30

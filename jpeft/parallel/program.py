@@ -65,16 +65,14 @@ def collectives(text: str) -> list[Collective]:
     seen = set()
     for name, (_, lines) in bodies.items():
         for line in lines:
-            found = re.search(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\(", line)
+            # Of one in two halves the second has the results alone; what the first has differs from kind to kind.
+            found = re.search(rf"= (.*?) ({'|'.join(_KINDS)})(?:-done)?\(", line)
             channel = re.search(r"channel_id=(\d+)", line) if name in fused else None
             if found is None or not times[name] or channel and channel[1] in seen:
                 continue
             if channel:
                 seen.add(channel[1])
-            shapes = re.findall(r"(\w+)\[([\d,]*)\]", found[1])
-            dtype, dims = max(shapes, key=lambda s: _bytes(*s))  # of a start: operands and results together
-            every = shapes if not found[3] and len(shapes) > 1 else [(dtype, dims)]
-            for dtype, dims in every:
+            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", found[1]):
                 count[found[2], dtype] += times[name]
                 size[found[2], dtype] += times[name] * _bytes(dtype, dims)
     return [Collective(kind, dtype, n, size[kind, dtype]) for (kind, dtype), n in sorted(count.items())]
@@ -134,8 +132,9 @@ def _times(bodies, entry: str) -> collections.Counter[str]:
     calls: dict[str, list[tuple[str, int]]] = {name: [] for name in bodies}
     for name, (_, lines) in bodies.items():
         for line in lines:
-            condition = re.search(r" while\(.*condition=%?([\w.\-]+)", line)
-            turns = _turns(bodies[condition[1]][1]) if condition and condition[1] in bodies else 1
+            if re.search(r" async-(?:update|done)\(", line):
+                continue  # what was called when it began
+            turns = _turns(line, bodies)
             for group in re.findall(
                 r"(?:body|calls|to_apply|called_computations|branch_computations)=(\{[^}]*|\S+)", line
             ):
@@ -152,9 +151,16 @@ def _times(bodies, entry: str) -> collections.Counter[str]:
     return times
 
 
-def _turns(condition: list[str]) -> int:
-    """How often a loop turns that counts from zero up to a constant, as `scan` does; one where that is not seen."""
-    found = [int(n) for line in condition for n in re.findall(r"= s32\[\]\S* constant\((\d+)\)", line)]
+def _turns(line: str, bodies) -> int:
+    """How often the loop of a line turns: what the compiler says, else the constant that its condition counts up to, as
+    `scan` does from zero; one where neither is seen, and where there is no loop."""
+    condition = re.search(r" while\(.*condition=%?([\w.\-]+)", line)
+    if condition is None:
+        return 1
+    if said := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line):
+        return int(said[1])
+    counted = bodies.get(condition[1], (False, []))[1]
+    found = [int(n) for line in counted for n in re.findall(r"= s32\[\]\S* constant\((\d+)\)", line)]
     return max(found, default=1)
 
 

@@ -59,6 +59,7 @@ def test_an_exchange_in_several_operations_counts_once():
             "  %b = u4[8,8]{1,0} fusion(%p), kind=kLoop, calls=%part",
             "  %c = u4[8,8]{1,0} fusion(%p), kind=kLoop, calls=%rest",
             "  %d = (bf16[4]{0}, bf16[16]{0}) all-gather-start(%q), channel_id=8",
+            "  %e = bf16[16]{0} all-gather-done(%d)",
             "}",
             "%cond (t: (s32[])) -> pred[] {",
             "  %n = s32[]{:T(128)} constant(3)",
@@ -74,6 +75,40 @@ def test_an_exchange_in_several_operations_counts_once():
         Collective("all-gather", "bf16", 3, 3 * 32),
         Collective("all-gather", "u4", 3, 3 * 32),
         Collective("all-reduce", "f32", 1, 4),
+    ]
+
+
+def test_exchanges_of_many_arrays_in_two_halves_count_each_array_once():
+    """As XLA writes them for GPUs: arrays together, loops without their first turns, exchanges in wrappers."""
+    both = "((f32[2,8]{1,0}, s8[8]{0}), (f32[16,8]{1,0}, /*index=1*/s8[64]{0}))"
+    text = "\n".join(
+        [
+            "%wrapped (p: bf16[4]) -> bf16[4] {",
+            "  ROOT %p = bf16[4]{0} all-to-all(%p), channel_id=4",
+            "}",
+            "%body (t: (s32[])) -> (s32[]) {",
+            f"  %a = {both} all-gather-start(%p, %q), channel_id=1",
+            "  %b = (f32[16,8]{1,0}, /*index=1*/s8[64]{0}) all-gather-done(%a)",
+            "  %c = s8[64]{0} get-tuple-element(%b), index=1",
+            "  %d = ((bf16[4]), bf16[4]) async-start(%c), calls=%wrapped",
+            "  %e = bf16[4] async-done(%d), calls=%wrapped",
+            "}",
+            "%cond (t: (s32[])) -> pred[] {",
+            "  %n = s32[] constant(3)",
+            "  ROOT %lt = pred[] compare(%i, %n), direction=LT",
+            "}",
+            "ENTRY %main (x: s32[]) -> s32[] {",
+            '  %w = (s32[]) while(%x), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"2"}}',
+            "  %s = ((f32[16]{0}), (f32[2]{0})) reduce-scatter-start(%y), channel_id=2, to_apply=%add",
+            "  %r = f32[2]{0} reduce-scatter-done(%s)",
+            "}",
+        ]
+    )
+    assert collectives(text) == [
+        Collective("all-gather", "f32", 2, 2 * 16 * 8 * 4),
+        Collective("all-gather", "s8", 2, 2 * 64),
+        Collective("all-to-all", "bf16", 2, 2 * 8),
+        Collective("reduce-scatter", "f32", 1, 8),
     ]
 
 
