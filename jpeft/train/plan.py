@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jpeft.core.sites import Sites
 from jpeft.parallel.layout import shard
 from jpeft.parallel.mesh import describe
+from jpeft.parallel.offload import results_in_host
 from jpeft.parallel.program import Collective, collectives, flops, memory, per_device
 from jpeft.train.step import State, make_step, state_shardings
 
@@ -96,7 +97,8 @@ def plan(
         limit_gib: what a program may use on one device.
 
     Raises:
-        ValueError: a mesh that does not fit the model or the batch.
+        ValueError: a mesh that does not fit the model or the batch; an optimizer whose state is the host's, on devices
+            that show no memory of a host.
     """
     begun = time.perf_counter()
     layout = shard(mesh, method, params, sites, tx)
@@ -107,6 +109,8 @@ def plan(
             f"accumulation may be at most {rows // layout.batch_shards}"
         )
     trainable, frozen = _halves(method, params, sites)
+    if any(jax.tree.leaves(results_in_host(tx.init, trainable))):
+        _check_host(mesh.devices.flat[0])
     state = jax.eval_shape(lambda t: State(jnp.zeros((), jnp.int32), t, tx.init(t)), trainable)
     on = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
     state, frozen = jax.tree.map(on, state, state_shardings(layout)), jax.tree.map(on, frozen, layout.frozen)
@@ -145,6 +149,14 @@ def plan(
         time.perf_counter() - begun,
         text,
     )
+
+
+def _check_host(device) -> None:
+    if "pinned_host" not in {memory.kind for memory in device.addressable_memories()}:
+        raise ValueError(
+            f"{device.device_kind}, only compiled for, shows no memory of a host to keep the optimizer's state in; "
+            "plan with the state on the device, where it takes what the plan says of the optimizer"
+        )
 
 
 def _on_device(state) -> tuple[list, list]:

@@ -52,6 +52,15 @@ def test_offloaded_state_is_the_host_s(model):
     assert found.parts_gib["optimizer"] < 0.01 * found.parts_gib["adapters"], "the counters alone"
 
 
+def test_devices_that_show_no_host_memory_hold_no_offloaded_state():
+    class Described:
+        device_kind = "NVIDIA B200"
+        addressable_memories = staticmethod(list)
+
+    with pytest.raises(ValueError, match="NVIDIA B200, only compiled for, shows no memory of a host"):
+        plans._check_host(Described)
+
+
 def test_a_small_limit_does_not_fit(model):
     assert not plan(*model, QLORA, optax.adamw(1e-3), make_mesh("fsdp=8"), 8, 32, limit_gib=1e-4).fits
 

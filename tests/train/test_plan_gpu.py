@@ -28,12 +28,15 @@ MATRICES = 3 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512)
 QLORA = jpeft.chain(jpeft.NF4(), jpeft.LoRA(rank=4))
 
 
-def planned(topology, rows, limit=None):
+ADAMW = optax.adamw(1e-3)
+
+
+def planned(topology, rows, limit=None, tx=ADAMW):
     apply, params = jpeft.models.abstract(CONFIG, param_dtype="bfloat16", dtype="bfloat16", remat="full")
     sites = jpeft.find_sites(apply, params, jax.ShapeDtypeStruct((1, 8), jnp.int32))
     given = parse_topology(topology)
     mesh = make_mesh({"fsdp": given.size}, devices=given.devices())
-    return plan(apply, params, sites, QLORA, optax.adamw(1e-3), mesh, rows, 64, limit or given.hbm_gib)
+    return plan(apply, params, sites, QLORA, tx, mesh, rows, 64, limit or given.hbm_gib)
 
 
 @pytest.mark.parametrize("kind", ["a100", "h100", "b200"])
@@ -53,3 +56,8 @@ def test_what_compiles_and_does_not_fit_says_all_the_same_what_gpus_exchange(mon
     assert not found.fits
     assert found.gib > 1e-3
     assert found.gathered_bytes["s8"] == 2 * MATRICES // 2, "two codes a byte, of each layer, forward and backward"
+
+
+def test_offloaded_state_is_refused_before_anything_compiles():
+    with pytest.raises(ValueError, match="H100 .* shows no memory of a host"):
+        planned("h100-1", 1, tx=jpeft.offload(optax.adamw(1e-3)))
