@@ -209,7 +209,7 @@ assert packed < 0.27 * dense
 # It fits, with 77% of the memory to spare.
 # ```
 #
-# Its first three rows are those of `fsdp=4` in our first table. The codes travel as `u4` and the scales as `u8`, 6,864
+# Its first rows agree with our first table at `fsdp=4`. The codes travel as `u4` and the scales as `u8`, 6,864
 # MiB together. bfloat16 weights would be 26,624 MiB, half of the float32 that the CPU gathered for LoRA: 0.258. The
 # `bf16` that is left is the embedding, the head and the adapters.
 #
@@ -349,8 +349,8 @@ plt.show()
 # %% [markdown]
 # The sums are the same, in another order: float32 rounding is all that the losses differ by.
 #
-# The arrays of the run lie as the layout says, on real buffers. In this small model a layer's scales and adapters have
-# fewer than 16,384 numbers, and are not cut over `fsdp`.
+# The arrays of the run lie as the layout says, on real buffers. In this small model a layer's scales and adapters are too
+# small to be cut over `fsdp`.
 
 # %%
 print(f"{'q_proj on ' + MESHES[1]:<36}{'whole':<16}{'on a device':<16}pieces")
