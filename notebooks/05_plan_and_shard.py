@@ -349,8 +349,8 @@ plt.show()
 # %% [markdown]
 # The sums are the same, in another order: float32 rounding is all that the losses differ by.
 #
-# The arrays of the run lie as the layout says, on real buffers. In this small model a layer's scales and adapters are too
-# small to be cut over `fsdp`.
+# The arrays of the run lie as the layout says, on real buffers. In this small model a layer's scales and adapters are
+# too small to be cut over `fsdp`.
 
 # %%
 print(f"{'q_proj on ' + MESHES[1]:<36}{'whole':<16}{'on a device':<16}pieces")
