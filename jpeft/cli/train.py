@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import os
+import sys
 from collections.abc import Sequence
 
 from jpeft.cli import model
@@ -24,24 +27,37 @@ def run(arguments: Sequence[str]) -> None:
     config = _filled(config)
     config.check()
     method = build_method(config)
-    folder = RunFolder.plan(config)
-    training, held_out = _records(config)
+    from jpeft.parallel import hosts
 
+    hosts.join(config.coordinator, config.processes, config.process_id, distributed=config.distributed)
+    try:
+        with hosts.only_first_prints():
+            _train(config, method)
+    except hosts.ProcessLost as error:
+        print(f"jpeft: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # the ordinary end would wait for the process that is gone
+
+
+def _train(config: TrainConfig, method) -> None:
+    from jpeft.train.data import deal_here
     from jpeft.train.tokens import Text, encode_records
 
+    folder = RunFolder.plan(config)
+    config = folder.settled(config)
+    training, held_out = _records(config)
     source = model.folder_of(config.model)
     text = Text(source)
     apply, params, base = model.load_to_train(source, method, config.dtype, config.remat, config.mesh)
     length = _length(config, apply.config.max_position_embeddings, method)
-    room = length - method.prompt_length
-    examples = encode_records(text, training, room), encode_records(text, held_out, room)
+    encode = functools.partial(encode_records, text, length=length - method.prompt_length)
+    examples = deal_here(training, config).map(encode), encode(held_out)
     sites = model.sites_of(apply, params)
     from jpeft.train.calibration import calibration_for
 
     calibration = calibration_for(apply, params, sites, method, examples[0], config, length)
     table, trainable, total = model.matched(method, params, sites, calibration)
     print(f"{method}\n{table}\n")
-    print(_data_line(examples, length), flush=True)
+    print(_data_line(*examples, length), flush=True)
 
     from jpeft.train.loop import fit
 
@@ -111,10 +127,11 @@ def _length(config: TrainConfig, context: int, method) -> int:
     return length
 
 
-def _data_line(examples, length: int) -> str:
-    cut = [e for part in examples for e in part if e.truncated]
-    note = f"; {len(cut)} of them cut, {sum(e.truncated for e in cut)} tokens in all" if cut else ""
-    return f"{len(examples[0])} records to train on, {len(examples[1])} held out, rows of {length} tokens{note}"
+def _data_line(training, held_out, length: int) -> str:
+    cut = lambda examples: [e.truncated for e in examples if e.truncated]
+    taken = [n for part in [*training.of_each(cut), cut(held_out)] for n in part]
+    note = f"; {len(taken)} of them cut, {sum(taken)} tokens in all" if taken else ""
+    return f"{training.total} records to train on, {len(held_out)} held out, rows of {length} tokens{note}"
 
 
 def _spread(records: list[Record], count: int) -> list[Record]:

@@ -25,11 +25,12 @@ from jpeft.parallel.gathered import Gathered, all_gather
 from jpeft.parallel.mesh import BATCH_AXES, describe
 from jpeft.parallel.offload import results_in_host
 
-__all__ = ["Layout", "Place", "shard", "shard_params"]
+__all__ = ["Layout", "Place", "batch_sharding", "check_rows", "shard", "shard_params"]
 
-SMALL, LARGE = 2**14, 2**20
+SMALL, TINY, LARGE = 2**14, 2**11, 2**20
 """Arrays of fewer elements a layer than SMALL are whole on every device, as gathering them costs more than it saves;
-those of LARGE and more must be cut."""
+those of LARGE and more must be cut. For what a Weight does not train, its scales, TINY stands for SMALL: they travel
+with larger fields."""
 
 
 class Place(NamedTuple):
@@ -63,7 +64,7 @@ class Layout:
     @property
     def batch(self) -> NamedSharding:
         """Of the batch's arrays: rows over `data` and `fsdp`."""
-        return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
+        return batch_sharding(self.mesh)
 
     @property
     def batch_shards(self) -> int:
@@ -96,8 +97,7 @@ class Layout:
 
         `fn` binds with `self.bind`. What it gives for a trainable array that it gathers is summed already.
         """
-        manual = lambda places: jax.tree.map(lambda p: _only(p.spec, BATCH_AXES), places, is_leaf=_is_place)
-        trainable, frozen = map(manual, self.places)
+        trainable, frozen = self._manual()
 
         def summed(place, x):
             names = tuple(n for n in BATCH_AXES if not (n == "fsdp" and place.cut is not None))
@@ -108,14 +108,8 @@ class Layout:
             total, gradients = fn(trainable, frozen, batch, own)
             return jax.lax.psum(total, BATCH_AXES), jax.tree.map(summed, self.places[0], gradients, is_leaf=_is_place)
 
-        mapped = jax.shard_map(
-            local,
-            mesh=self.mesh,
-            in_specs=(trainable, frozen, PartitionSpec(BATCH_AXES), PartitionSpec()),
-            out_specs=(PartitionSpec(), trainable),
-            axis_names={*BATCH_AXES, *(name for name, size in self.mesh.shape.items() if size == 1)},
-            check_vma=False,
-        )
+        inputs = (trainable, frozen, PartitionSpec(BATCH_AXES), PartitionSpec())
+        mapped = self._over_devices(local, inputs, (PartitionSpec(), trainable))
 
         def checked(trainable, frozen, batch, key):
             self.check_rows(next(x.shape[0] for x in jax.tree.leaves(batch)))
@@ -123,14 +117,44 @@ class Layout:
 
         return checked
 
+    def _manual(self) -> tuple[Any, Any]:
+        """How the halves lie over the axes that the batch is split over."""
+        manual = lambda places: jax.tree.map(lambda p: _only(p.spec, BATCH_AXES), places, is_leaf=_is_place)
+        return manual(self.places[0]), manual(self.places[1])
+
+    def _over_devices(self, local: Callable, inputs, outputs) -> Callable:
+        axes = {*BATCH_AXES, *(name for name, size in self.mesh.shape.items() if size == 1)}
+        return jax.shard_map(
+            local, mesh=self.mesh, in_specs=inputs, out_specs=outputs, axis_names=axes, check_vma=False
+        )
+
+    def summed(self, fn: Callable) -> Callable:
+        """`(halves, batch) -> sums`, the sums of `fn(bound, rows)` of each device's rows over all devices."""
+
+        def local(halves, batch):
+            return jax.tree.map(lambda x: jax.lax.psum(x, BATCH_AXES), fn(self.bind(*halves), batch))
+
+        return self._over_devices(local, (self._manual(), PartitionSpec(BATCH_AXES)), PartitionSpec())
+
     def check_rows(self, rows: int) -> None:
         """Raise a ValueError where the devices cannot share a batch of `rows` rows equally."""
-        if rows % self.batch_shards:
-            more = -(-rows // self.batch_shards) * self.batch_shards
-            raise ValueError(
-                f"a batch of {rows} rows cannot be split over the {self.batch_shards} devices of "
-                f"{' and '.join(BATCH_AXES)} in {describe(self.mesh.shape)}; write a batch of {more} rows"
-            )
+        check_rows(self.mesh, rows)
+
+
+def check_rows(mesh: Mesh, rows: int) -> None:
+    """Raise a ValueError where a mesh's devices cannot share a batch of `rows` rows equally."""
+    shards = math.prod(mesh.shape[name] for name in BATCH_AXES)
+    if rows % shards:
+        more = -(-rows // shards) * shards
+        raise ValueError(
+            f"a batch of {rows} rows cannot be split over the {shards} devices of {' and '.join(BATCH_AXES)} in "
+            f"{describe(mesh.shape)}; write a batch of {more} rows"
+        )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of a batch's arrays: rows over `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def shard(mesh: Mesh, method, params, sites: Sites, optimizer=None, calibration=None) -> Layout:
@@ -138,6 +162,7 @@ def shard(mesh: Mesh, method, params, sites: Sites, optimizer=None, calibration=
 
     Args:
         mesh: of `make_mesh`.
+        method: whose halves to lay out; None for those of nothing trained, `({}, params)`.
         params: the pretrained tree, or its shapes.
         optimizer: an optax transform of the trainable half; no optimizer state where None.
         calibration: as `method.init` takes it.
@@ -158,11 +183,22 @@ def shard(mesh: Mesh, method, params, sites: Sites, optimizer=None, calibration=
         >>> tuple(shard(mesh, jpeft.LoRA(rank=2), params, sites).frozen["kernel"].base.spec)
         (None, None)
     """
+    method = _Untrained() if method is None else method
     key = jax.eval_shape(lambda: jax.random.key(0))
     halves = jax.eval_shape(lambda key, params: method.init(key, params, sites, calibration), key, params)
     places = _places(mesh, method, halves, sites)
     state = None if optimizer is None else _state_shardings(mesh, optimizer, halves[0], places[0])
     return Layout(mesh, method, places, {site.path: site.axes for site in sites}, state)
+
+
+class _Untrained:
+    """The pretrained tree with nothing trained, in the form of a method."""
+
+    def init(self, key, params, sites, calibration=None):
+        return {}, params
+
+    def bind(self, trainable, frozen, key=None):
+        return frozen
 
 
 def shard_params(mesh: Mesh, params, sites: Sites) -> Any:
@@ -174,16 +210,7 @@ def shard_params(mesh: Mesh, params, sites: Sites) -> Any:
     Raises:
         ValueError: as `shard`.
     """
-    axes = {site.path: site.axes for site in sites}
-    tensor = _tensor_splits(mesh, sites) if mesh.shape["tensor"] > 1 else {}
-    leaves, structure = jax.tree.flatten(params)
-    numbered = jax.tree.unflatten(structure, range(len(leaves)))
-    found = {
-        k: NamedSharding(mesh, place.spec)
-        for path, leaf in leaves_with_paths(numbered)
-        for k, place in _places_in(mesh, path, leaf, leaves, axes.get(path), tensor.get(path))
-    }
-    return jax.tree.unflatten(structure, [found[k] for k in range(len(leaves))])
+    return shard(mesh, None, params, sites).frozen
 
 
 def _state_shardings(mesh: Mesh, optimizer, trainable, places):
@@ -256,7 +283,8 @@ def _fields(mesh, path, leaf, tensor, leaves, whole):
         follows = lambda axis, lead=lead, letters=letters: axis >= lead and letters[axis - lead] == letter
         entries = ["tensor" if follows(axis) and n % count == 0 else None for axis, n in enumerate(shape)]
         stacks = len(shape) if name in leaf.UNSTACKED else max(0, min(labels.count("s"), lead))
-        yield k, _cut(mesh, path, shape, PartitionSpec(*entries), stacks)
+        small = SMALL if name in leaf.TRAINABLE else TINY
+        yield k, _cut(mesh, path, shape, PartitionSpec(*entries), stacks, small=small)
     if isinstance(leaf.base, Weight):
         yield from _fields(mesh, path, leaf.base, tensor, leaves, whole.base)
     elif isinstance(leaf.base, int):  # else it holds several, which are gathered for `bind`
@@ -268,11 +296,11 @@ def _stacks(labels: str) -> int:
     return labels.rfind("s") + 1
 
 
-def _cut(mesh: Mesh, path: str, shape, spec: PartitionSpec, stacks: int, early: bool = False) -> Place:
+def _cut(mesh: Mesh, path: str, shape, spec: PartitionSpec, stacks: int, early: bool = False, small=None) -> Place:
     """An array cut over `fsdp`: along the first axis behind its stacks that the mesh divides and `spec` leaves."""
     count = mesh.shape["fsdp"]
     entries = [*spec, *(None,) * (len(shape) - len(spec))]
-    if count == 1 or math.prod(shape[stacks:]) < SMALL:
+    if count == 1 or math.prod(shape[stacks:]) < (SMALL if small is None else small):
         return Place(PartitionSpec(*entries))
     for axis in range(stacks, len(shape)):
         if entries[axis] is None and shape[axis] % count == 0:

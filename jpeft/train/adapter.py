@@ -24,6 +24,7 @@ from jpeft.core.chain import Chain, chain
 from jpeft.core.method import Saved, Tied
 from jpeft.core.tree import leaves_with_paths, path_string
 from jpeft.core.weight import Weight
+from jpeft.parallel.hosts import is_first, whole
 
 __all__ = [
     "encode_method",
@@ -83,8 +84,8 @@ def fingerprint_of(samples: Mapping[str, tuple[list[int], bytes]]) -> dict[str, 
 
 
 def sampled(x) -> tuple[list[int], bytes]:
-    """A leaf's shape and some of its values, as a fingerprint needs them."""
-    some = np.asarray(x[(0,) * (x.ndim - 1)][:64] if x.ndim else x)
+    """A leaf's shape and some of its values, as a fingerprint needs them. All processes that hold it must call it."""
+    some = whole(x[(0,) * (x.ndim - 1)][:64] if x.ndim else x)
     rounded = some.astype(jnp.bfloat16).view(np.uint16) if some.dtype.kind in "fV" else some
     return list(x.shape), rounded.tobytes()
 
@@ -132,16 +133,20 @@ def unflatten(flat: Mapping[str, Any], like, what: str) -> Any:
 def save_adapter(folder: str | Path, method, trainable, frozen, *, base: str, base_fingerprint, seed: int) -> None:
     """Write `method.json`, `trainable.safetensors` and, where there is need, `frozen.safetensors`.
 
-    Each file appears whole or not at all. `seed` is that of the key given to `method.init`.
+    Each file appears whole or not at all. `seed` is that of the key given to `method.init`. Of several processes the
+    first writes, and all must call it.
     """
     folder = Path(folder)
+    kept = {name: whole(x) for name, x in _saved_fields(frozen).items()}
+    trained = {name: whole(x) for name, x in flatten(trainable).items()}
+    if not is_first():
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    kept = _saved_fields(frozen)
     if kept:
         _save_arrays(folder / "frozen.safetensors", kept)
     else:
         (folder / "frozen.safetensors").unlink(missing_ok=True)
-    _save_arrays(folder / "trainable.safetensors", flatten(trainable))
+    _save_arrays(folder / "trainable.safetensors", trained)
     written = {"method": encode_method(method), "base": base, "seed": seed, "fingerprint": base_fingerprint}
     write_text(folder / "method.json", json.dumps(written, indent=1))
 
@@ -163,11 +168,11 @@ def _weights(tree) -> list[tuple[str, Weight]]:
     return [(path, w) for path, w in leaves_with_paths(tree) if isinstance(w, Weight)]
 
 
-def _save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.touch()
     ordinary = partial.stat().st_mode
-    save_file({name: jnp.asarray(np.asarray(x)) for name, x in arrays.items()}, str(partial))
+    save_file({name: jnp.asarray(x) for name, x in arrays.items()}, str(partial))
     partial.chmod(ordinary)  # safetensors makes files that only their owner reads
     os.replace(partial, path)
 

@@ -7,7 +7,20 @@ from typing import Any, Literal
 
 __all__ = ["TrainConfig", "differences"]
 
-_WHERE_NOT_WHAT = ("out", "overwrite", "resume", "log_every", "save_every", "samples", "offload_optimizer", "mesh")
+_WHERE_NOT_WHAT = (
+    "out",
+    "overwrite",
+    "resume",
+    "log_every",
+    "save_every",
+    "samples",
+    "offload_optimizer",
+    "mesh",
+    "distributed",
+    "coordinator",
+    "processes",
+    "process_id",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +52,14 @@ class TrainConfig:
         dtype: type of the computation; "auto" is bfloat16 on an accelerator and float32 on a CPU.
         remat: what the backward pass computes again, to save memory: "full" each layer from its input, "offload" the
             same with the inputs kept in the host's memory, "dots" all but the products with weights; "none" by default.
-        mesh: sizes by axis, as fsdp=8 or data=2,fsdp=4,tensor=2, for all devices; the first device alone when absent.
+        mesh: sizes by axis, as fsdp=8 or data=2,fsdp=4,tensor=2, for all devices; when absent, the first device alone,
+            and of several processes fsdp over all devices.
+        data_shards: parts that the records are dealt into, each filling its own rows of a batch; a process reads the
+            parts of its rows. As many as processes when absent. A run that goes on keeps its number.
+        distributed: join the other processes of the run, as the cluster knows them: Cloud TPU, GKE, Slurm, Open MPI.
+        coordinator: host:port of process 0, where no cluster knows it; or JAX_COORDINATOR_ADDRESS.
+        processes: how many there are; or JAX_NUM_PROCESSES.
+        process_id: this one's number, from 0; or JAX_PROCESS_ID.
         offload_optimizer: keep the optimizer's state in the host's memory; an error where the platform cannot.
         seed: of the split, the order of the data, the method's start and dropout.
         evaluate_every: steps between held-out evaluations; only before and after when 0.
@@ -76,6 +96,11 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: Literal["none", "full", "dots", "offload"] = "none"
     mesh: str | None = None
+    data_shards: int | None = None
+    distributed: bool = False
+    coordinator: str | None = None
+    processes: int | None = None
+    process_id: int | None = None
     offload_optimizer: bool = False
     seed: int = 0
     evaluate_every: int = 0
@@ -104,7 +129,7 @@ class TrainConfig:
         for name in positive:
             if not getattr(self, name) > 0:
                 wrong.append(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("max_steps", "sequence_length"):
+        for name in ("max_steps", "sequence_length", "data_shards", "processes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 wrong.append(f"{name} must be at least 1, got {value}")
@@ -116,6 +141,8 @@ class TrainConfig:
                 wrong.append(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         if self.accumulation > 0 and self.batch_size % self.accumulation:
             wrong.append(f"accumulation must divide batch_size, got {self.accumulation} and {self.batch_size}")
+        if self.data_shards and self.batch_size % self.data_shards:
+            wrong.append(f"data_shards must divide batch_size, got {self.data_shards} and {self.batch_size}")
         if self.resume and self.overwrite:
             wrong.append("resume keeps what overwrite deletes; give one of them")
         if wrong:

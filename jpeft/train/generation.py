@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpeft.core.lift import lift
+from jpeft.parallel.hosts import whole
 
 __all__ = ["generate", "sample_token"]
 
@@ -80,7 +81,7 @@ def generate(
         greedy=temperature == 0,
     )
     found = []
-    for row, start in zip(np.asarray(ids), lengths, strict=True):
+    for row, start in zip(whole(ids), lengths, strict=True):
         new = row[start : start + new_tokens].tolist()
         found.append(new[: next((i for i, token in enumerate(new) if token in stops), len(new))])
     return found

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import signal
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jpeft.parallel import make_mesh, shard, shard_params
+from jpeft.parallel import hosts, make_mesh, shard
 from jpeft.train import data
 from jpeft.train.adapter import fingerprint, save_adapter
 from jpeft.train.checkpoint import Checkpoints
 from jpeft.train.config import TrainConfig
+from jpeft.train.data import Dealt
 from jpeft.train.folder import RunFolder
 from jpeft.train.optimizer import adamw, schedule
 from jpeft.train.report import Speed, plot_losses, progress
@@ -47,7 +49,7 @@ def fit(
     params,
     sites,
     method,
-    training: list[Example],
+    training: list[Example] | Dealt,
     held_out: list[Example],
     config: TrainConfig,
     length: int,
@@ -57,17 +59,24 @@ def fit(
 ) -> Result:
     """Fine-tune `params` by `method`, writing all but the samples and the summary into the run's folder.
 
-    `calibration` is what a method that starts from data is given, by `calibration_for`. Rows of `length` hold the
-    method's virtual tokens too. `base` is the fingerprint of the pretrained tree, where `params` were made of another.
+    `training` may be dealt already (`data.deal_here`). `calibration` is what a method that starts from data is given,
+    by `calibration_for`. Rows of `length` hold the method's virtual tokens too. `base` is the fingerprint of the
+    pretrained tree, where `params` were made of another.
 
-    SIGTERM and the first SIGINT save a checkpoint and return; the same call then goes on from there.
+    SIGTERM and the first SIGINT save a checkpoint and return; the same call then goes on from there. Of several
+    processes, which all call this, one that gets the signal stops all of them, after the same step.
 
     Raises:
         ValueError: a loss that is not finite (the last good state is saved first), or a folder of another run.
+        ProcessLost: another process of the run is gone.
     """
     config.check()
     folder = folder or RunFolder.plan(config)
-    shown = [[with_prompt(example, method) for example in part] for part in (training, held_out)]
+    config = folder.settled(config)
+    if not isinstance(training, Dealt):
+        training = data.deal_here(training, config)
+    with_prompts = functools.partial(_with_prompts, method=method)
+    shown = training.map(with_prompts), with_prompts(held_out)
     steps = total_steps(config, shown[0], length)
     method = method.for_steps(steps)
     planned = schedule(config.learning_rate, steps, config.warmup)
@@ -77,27 +86,37 @@ def fit(
     )
     tx = method.optimizer(plain)
     key = jax.random.key(config.seed)
-    layout = None
+    layout = pretrained = None
     if config.mesh is not None:
-        layout = shard(make_mesh(config.mesh), method, params, sites, tx, calibration or None)
+        mesh = make_mesh(config.mesh)
+        layout = shard(mesh, method, params, sites, tx, calibration or None)
         layout.check_rows(config.batch_size // config.accumulation)
-        params = jax.device_put(params, shard_params(layout.mesh, params, sites))
+        pretrained = shard(mesh, None, params, sites)
+        params = hosts.spread(params, pretrained.frozen)
     trainable, frozen = method.init(key, params, sites, calibration or None)
     if layout is not None:
-        trainable, frozen = jax.device_put((trainable, frozen), (layout.trainable, layout.frozen))
+        trainable, frozen = hosts.spread((trainable, frozen), (layout.trainable, layout.frozen))
     state = init_state(trainable, tx)
     if layout is not None:
-        state = jax.device_put(state, state_shardings(layout))
-    step_fn, evaluate = make_step(apply, method, tx, config.accumulation, layout), make_evaluation(apply)
+        state = hosts.spread(state, state_shardings(layout))
+    step_fn, evaluate = make_step(apply, method, tx, config.accumulation, layout), make_evaluation(apply, layout)
     rows = config.batch_size, config.packing
+    batches = data.Batches(shown[0], length, rows[0], config.seed, rows[1], method.position_shift)
     held_out_batches = data.fixed_batches(shown[1], length, *rows, method.position_shift)
-    batches = data.batches(shown[0], length, rows[0], config.seed, rows[1], method.position_shift)
     settings = {**config.to_dict(), "steps": steps, "training_checksum": _checksum(training)}
     base = base or fingerprint(params)
 
+    def on_devices(batch, held: Sequence[int] = range(config.batch_size)):
+        return batch if layout is None else hosts.place(batch, layout.batch, config.batch_size, held)
+
+    def loss_before() -> float:
+        plain_batches = map(on_devices, data.fixed_batches(held_out, length, *rows))
+        return make_evaluation(apply, pretrained)(params if pretrained is None else ({}, params), plain_batches)
+
+    def heldout_loss(*halves) -> float:
+        return evaluate(method.bind(*halves) if layout is None else halves, map(on_devices, held_out_batches))
+
     folder.begin(config)
-    checkpoints = Checkpoints(folder.path / "checkpoints")
-    save = lambda state, position: checkpoints.save(state, position, settings, base)
     adapter = lambda *kept: save_adapter(
         folder.path / "adapter",
         *kept,
@@ -106,30 +125,30 @@ def fit(
         seed=config.seed,
     )
     speed = Speed()
-    with _signals() as stopped, contextlib.closing(checkpoints):
+    with _signals() as stopped, Checkpoints(folder.path / "checkpoints") as checkpoints, hosts.watched():
+        save = lambda state, position: checkpoints.save(state, data.of_all(position), settings, base)
         if checkpoints.latest() is not None:
             state, position = checkpoints.restore(state, settings, base)
             batches.set_state(position)
             folder.rewind(int(state.step))
+            held_out_losses = [m["heldout_loss"] for m in folder.metrics() if "heldout_loss" in m]
         else:
-            folder.log(step=0, heldout_loss=evaluate(params, data.fixed_batches(held_out, length, *rows)))
+            held_out_losses = [loss_before()]
+            folder.log(step=0, heldout_loss=held_out_losses[0])
             save(state, batches.get_state())
         done = start = int(state.step)
         with progress(start, steps, config.log_every, speed) as (update, say):
-            held_out_losses = [m["heldout_loss"] for m in folder.metrics() if "heldout_loss" in m]
             say(f"held-out loss before: {held_out_losses[0]:.4f}" + (f"; going on from step {done}" if done else ""))
-            while done < steps and not stopped():
+            while done < steps and not stopped(done):
                 position, batch = batches.get_state(), next(batches)
-                if layout is not None:
-                    batch = jax.device_put(batch, layout.batch)
-                state, metrics = step_fn(state, frozen, batch, key)
+                state, metrics = step_fn(state, frozen, on_devices(batch, batches.rows), key)
                 loss = float(metrics["loss"])
                 if not metrics["finite"]:
                     save(state, position)
                     adapter(method, state.trainable, frozen)
                     raise _not_finite(done + 1, loss, float(metrics["gradient_norm"]), folder)
                 done += 1
-                tokens = int((batch["segment_ids"] > 0).sum())
+                tokens = int(metrics["tokens"])
                 speed.step(tokens)
                 folder.log(
                     step=done,
@@ -140,8 +159,7 @@ def fit(
                 )
                 update(done, loss, rate(done - 1))
                 if done == steps or config.evaluate_every and done % config.evaluate_every == 0:
-                    bound = method.bind(state.trainable, frozen)
-                    held_out_losses.append(evaluate(bound, held_out_batches))
+                    held_out_losses.append(heldout_loss(state.trainable, frozen))
                     folder.log(step=done, heldout_loss=held_out_losses[-1])
                     say(f"held-out loss after {done} steps: {held_out_losses[-1]:.4f}")
                     speed.pause()
@@ -149,20 +167,25 @@ def fit(
                     save(state, batches.get_state())
                     speed.pause()
         save(state, batches.get_state())
-    kept = (method, state.trainable, frozen)
-    if done == steps:
-        kept = method.after_training(state.trainable, frozen)
-    adapter(*kept)
-    plot_losses(folder.metrics(), folder.path / "loss.png")
+        kept = (method, state.trainable, frozen)
+        if done == steps:
+            kept = method.after_training(state.trainable, frozen)
+        adapter(*kept)
+    if hosts.is_first():
+        plot_losses(folder.metrics(), folder.path / "loss.png")
     return Result(done == steps, done, held_out_losses[0], held_out_losses[-1], speed.tokens_per_second, *kept)
 
 
-def total_steps(config: TrainConfig, training: list[Example], length: int) -> int:
-    """`max_steps`, or as many steps as the epochs take."""
+def total_steps(config: TrainConfig, training: Dealt, length: int) -> int:
+    """`max_steps`, or as many steps as the epochs take. All processes must call it."""
     if config.max_steps is not None:
         return config.max_steps
-    rows = data.rows_in_an_epoch(training, length, config.packing)
+    rows = sum(training.of_each(lambda examples: data.rows_in_an_epoch(examples, length, config.packing)))
     return max(1, math.ceil(config.epochs * rows / config.batch_size))
+
+
+def _with_prompts(examples: Sequence[Example], method) -> list[Example]:
+    return [with_prompt(example, method) for example in examples]
 
 
 def _not_finite(step: int, loss: float, norm: float, folder: RunFolder) -> ValueError:
@@ -173,30 +196,40 @@ def _not_finite(step: int, loss: float, norm: float, folder: RunFolder) -> Value
     )
 
 
-def _checksum(examples: list[Example]) -> int:
-    value = 0
-    for example in examples:
-        value = zlib.crc32(np.concatenate([example.ids, example.learned.astype(np.int32)]).tobytes(), value)
-    return value
+def _checksum(training: Dealt) -> int:
+    def of_one(examples: Sequence[Example]) -> int:
+        value = 0
+        for example in examples:
+            value = zlib.crc32(np.concatenate([example.ids, example.learned.astype(np.int32)]).tobytes(), value)
+        return value
+
+    return zlib.crc32(np.asarray(training.of_each(of_one), np.int64).tobytes())
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
-    """`stopped()`: whether SIGTERM or SIGINT has come; a second one does what it always did."""
+def _signals() -> Iterator[Callable[[int], bool]]:
+    """`stopped(step)`: whether SIGTERM or SIGINT has come; a second one does what it always did.
+
+    Of several processes JAX takes SIGTERM, and has them agree on the step to stop at.
+    """
+    several = jax.process_count() > 1
     asked = threading.Event()
+    stopped = hosts.stop_asked if several else lambda step: asked.is_set()
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield stopped
         return
     before = {}
 
     def handler(number, _):
-        asked.set()
         signal.signal(number, before[number])
+        if several:
+            signal.raise_signal(signal.SIGTERM)
+        asked.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT):
         before[number] = signal.signal(number, handler)
     try:
-        yield asked.is_set
+        yield stopped
     finally:
         for number, old in before.items():
             signal.signal(number, old)

@@ -92,7 +92,8 @@ def make_step(
     The gradient is that of the whole batch's mean over learned tokens plus the method's penalty, however many
     microbatches it is summed over. The key is folded with the step's number, so a resumed run draws what an
     uninterrupted one draws. Where the loss or the gradient is not finite the state comes back as it was, and
-    `metrics["finite"]` is False. State in the host's memory is updated in place, by `jpeft.offload`.
+    `metrics["finite"]` is False; `metrics["tokens"]` counts the batch's, padding left out. State in the host's memory
+    is updated in place, by `jpeft.offload`.
     """
     tx = optax.with_extra_args_support(tx)
     bind = method.bind if layout is None else layout.bind
@@ -133,7 +134,8 @@ def make_step(
         updates, optimizer_state = tx.update(gradients, state.optimizer_state, state.trainable, **options)
         new = State(state.step + 1, optax.apply_updates(state.trainable, updates), optimizer_state)
         kept = jax.tree.map(lambda a, b: a if in_host(b) else jnp.where(finite, a, b), new, state)
-        return kept, {"loss": loss, "gradient_norm": norm, "finite": finite}
+        tokens = jnp.sum(batch["segment_ids"] > 0)
+        return kept, {"loss": loss, "gradient_norm": norm, "finite": finite, "tokens": tokens}
 
     if layout is None:
         return jax.jit(step, donate_argnums=0)
@@ -141,9 +143,14 @@ def make_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(kept, NamedSharding(layout.mesh, PartitionSpec())))
 
 
-def make_evaluation(apply: Callable) -> Callable:
-    """`evaluate(bound, batches) -> loss`: the mean over all learned tokens of all batches, dropout off."""
-    compiled = jax.jit(lambda bound, batch: (loss_sum(apply, bound, batch), batch["weights"].sum()))
+def make_evaluation(apply: Callable, layout: Layout | None = None) -> Callable:
+    """`evaluate(bound, batches) -> loss`: the mean over all learned tokens of all batches, dropout off.
+
+    With a `layout`, `bound` is `(trainable, frozen)` as it says, the batches lie on `layout.batch`, and each device
+    sums over its own rows.
+    """
+    sums = lambda bound, batch: (loss_sum(apply, bound, batch), batch["weights"].sum())
+    compiled = jax.jit(sums if layout is None else layout.summed(sums))
 
     def evaluate(bound, batches) -> float:
         sums = [compiled(bound, batch) for batch in batches]

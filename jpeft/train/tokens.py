@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def encode_record(text: Text, record: Record, length: int) -> Example:
     return Example(*kept, cut, record.task)
 
 
-def encode_records(text: Text, records: list[Record], length: int) -> list[Example]:
+def encode_records(text: Text, records: Sequence[Record], length: int) -> list[Example]:
     """All records as ids; the records that do not fit are reported together."""
     examples, wrong = [], []
     for record in records:

@@ -42,6 +42,7 @@ METHODS = {
 @pytest.fixture(autouse=True)
 def _cut_small_arrays_too(monkeypatch):
     monkeypatch.setattr(layouts, "SMALL", 64)
+    monkeypatch.setattr(layouts, "TINY", 64)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from jpeft.train.data import batches, fixed_batches, rows_in_an_epoch
+from jpeft.train.config import TrainConfig
+from jpeft.train.data import Batches, deal, fixed_batches, rows_in_an_epoch
 from jpeft.train.tokens import Example
 
 LENGTH = 12
@@ -52,20 +53,48 @@ def test_packing_fills_fewer_rows():
 
 
 def test_the_seed_decides_the_order():
-    first, same, other = (next(batches(examples(), LENGTH, 4, seed)) for seed in (0, 0, 1))
+    first, same, other = (next(Batches(deal(examples()), LENGTH, 4, seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first["tokens"], same["tokens"])
     assert not np.array_equal(first["tokens"], other["tokens"])
 
 
 @pytest.mark.parametrize("taken", [0, 1, 7, 30])
 def test_a_restored_position_goes_on_with_the_same_batches(taken):
-    iterator = batches(examples(), LENGTH, 2, seed=3)
+    iterator = Batches(deal(examples()), LENGTH, 2, seed=3)
     for _ in range(taken):
         next(iterator)
     position = iterator.get_state()
     wanted = [next(iterator) for _ in range(12)]
-    resumed = batches(examples(), LENGTH, 2, seed=3)
+    resumed = Batches(deal(examples()), LENGTH, 2, seed=3)
     resumed.set_state(position)
     for batch in wanted:
         for name, array in next(resumed).items():
             np.testing.assert_array_equal(array, batch[name])
+
+
+def test_shards_are_dealt_and_fill_their_own_rows_whoever_reads_them():
+    made = examples()
+    every = Batches(deal(made, 4), LENGTH, 8, seed=3)
+    first, second = (Batches(deal(made, 4, held), LENGTH, 8, seed=3) for held in ({0, 1}, {2, 3}))
+    assert every.rows == list(range(8)) and first.rows == [0, 1, 2, 3] and second.rows == [4, 5, 6, 7]
+    for _ in range(5):
+        batch, parts = next(every), (next(first), next(second))
+        for name, array in batch.items():
+            np.testing.assert_array_equal(array, np.concatenate([part[name] for part in parts]))
+    owners = {int(e.ids[0]): k % 4 for k, e in enumerate(made)}
+    for row in range(8):
+        inside = segments({name: x[row : row + 1] for name, x in batch.items()})
+        assert {owners[token] for token in inside} == {row // 2}
+    resumed = Batches(deal(made, 4, {1, 2}), LENGTH, 8, seed=3)
+    resumed.set_state({**first.get_state(), **second.get_state()})
+    batch, middle = next(every), next(resumed)
+    np.testing.assert_array_equal(middle["tokens"], batch["tokens"][2:6])
+
+
+def test_shards_that_cannot_be_filled_are_refused():
+    with pytest.raises(ValueError, match="at least one record for each of 3 shards, got 2"):
+        deal(examples(2), 3)
+    with pytest.raises(ValueError, match="shards that divide a batch of 4 rows, got 3"):
+        Batches(deal(examples(), 3), LENGTH, 4, seed=0)
+    with pytest.raises(ValueError, match="data_shards must divide batch_size, got 3 and 8"):
+        TrainConfig(data_shards=3).check()

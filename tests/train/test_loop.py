@@ -16,6 +16,7 @@ from jpeft.parallel import layout
 from jpeft.train import loop
 from jpeft.train.adapter import flatten
 from jpeft.train.config import TrainConfig, differences
+from jpeft.train.data import deal
 from jpeft.train.folder import RunFolder
 from jpeft.train.loop import fit, total_steps
 from jpeft.train.tokens import Example
@@ -167,7 +168,7 @@ def test_the_folder_of_a_run_is_protected(tmp_path):
         RunFolder.plan(config(out, resume=True))
     out.mkdir()
     (out / "mine.txt").write_text("kept")
-    with pytest.raises(ValueError, match="is not empty and holds no checkpoint"):
+    with pytest.raises(ValueError, match="is not empty and holds no run"):
         RunFolder.plan(config(out))
     (out / "adapter").mkdir()
     RunFolder.plan(config(out, overwrite=True)).begin(config(out, overwrite=True))
@@ -184,7 +185,7 @@ def test_the_folder_of_a_run_is_protected(tmp_path):
 def test_steps_are_counted_from_the_epochs():
     made = examples(20)
     rows = -(-sum(len(e.ids) - 1 for e in made) // LENGTH)
-    steps = total_steps(TrainConfig(epochs=2, batch_size=2), made, LENGTH)
+    steps = total_steps(TrainConfig(epochs=2, batch_size=2), deal(made), LENGTH)
     assert rows <= steps <= 20
     assert total_steps(TrainConfig(max_steps=3), made, LENGTH) == 3
 
