@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import jax
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 
 from jpeft.core.tree import path_string
 from jpeft.core.weight import Weight, apply, dense, static, weight
@@ -30,30 +31,31 @@ class Gathered(Weight):
     Static fields:
         mesh_axis: over which they lie.
         count: how many devices it has.
-        split: for each field of `base` that is in pieces, its path in `base` and the axis that is cut, from the end.
+        split: for each field of `base` that is in pieces, its path in `base`, the axis that is cut, from the end, and
+            one that stays cut over `tensor` besides, if any.
     """
 
     base: Weight | Array
     axes: str = static()
     mesh_axis: str = static()
     count: int = static()
-    split: tuple[tuple[str, int], ...] = static()
+    split: tuple[tuple[str, int, int | None], ...] = static()
 
     @property
     def shape(self) -> tuple[int, ...]:
         sizes = list(self.base.shape)
         innermost = "/".join(["base"] * _depth(self.base))
-        if innermost in (cut := dict(self.split)):
+        if innermost in (cut := {path: at for path, at, _ in self.split}):
             sizes[-cut[innermost]] *= self.count
         return tuple(sizes)
 
     def whole(self):
         """The leaf as every device has it after the gather: what `base` would be without a mesh."""
-        cut = dict(self.split)
+        cut = {path: axes for path, *axes in self.split}
 
         def gather(path, x):
-            at = cut.get(path_string(path))
-            return x if at is None else all_gather(x, self.mesh_axis, x.ndim - at)
+            axes = cut.get(path_string(path))
+            return x if axes is None else all_gather(x, self.mesh_axis, *axes)
 
         pieces = self.base.cut_out() if isinstance(self.base, Weight) else self.base
         return jax.tree_util.tree_map_with_path(gather, pieces)
@@ -89,9 +91,19 @@ class Gathered(Weight):
         return super().along(axis, fn, drop=drop)
 
 
-def all_gather(x: Array, mesh_axis: str, axis: int) -> Array:
-    """All devices' pieces along one axis, one after the other. 4-bit numbers travel as such."""
-    return lax.all_gather(x, mesh_axis, axis=axis, tiled=True)
+def all_gather(x: Array, mesh_axis: str, cut: int, tensor: int | None = None) -> Array:
+    """All devices' pieces along one axis, one after the other. 4-bit numbers travel as such.
+
+    Args:
+        cut: the axis, from the end.
+        tensor: another one, which is and stays cut over `tensor`.
+    """
+    gather = lambda x: lax.all_gather(x, mesh_axis, axis=x.ndim - cut, tiled=True)
+    if tensor is None:
+        return gather(x)
+    # Left to itself, the partitioner joins the pieces over `tensor` before it gathers over another axis.
+    spec = PartitionSpec(*("tensor" if x.ndim - axis == tensor else None for axis in range(x.ndim)))
+    return jax.shard_map(gather, in_specs=spec, out_specs=spec, axis_names={"tensor"}, check_vma=False)(x)
 
 
 def collected(bound):

@@ -40,6 +40,11 @@ class Place(NamedTuple):
     cut: int | None = None
     early: bool = False
 
+    @property
+    def tensor(self) -> int | None:
+        """The axis in pieces over `tensor`, from the end."""
+        return len(self.spec) - self.spec.index("tensor") if "tensor" in self.spec else None
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -77,14 +82,14 @@ class Layout:
         """`method.bind` of one device's pieces, in a `shard_map` over the batch axes: leaves in pieces are Gathered."""
         if self.mesh.shape["fsdp"] == 1:
             return self.method.bind(trainable, frozen, key)
-        whole = lambda place, x: all_gather(x, "fsdp", x.ndim - place.cut) if place.early else x
+        whole = lambda place, x: all_gather(x, "fsdp", place.cut, place.tensor) if place.early else x
         halves = jax.tree.map(whole, self.places, (trainable, frozen), is_leaf=_is_place)
         of = dict(zip(map(id, jax.tree.leaves(halves)), jax.tree.leaves(self.places, is_leaf=_is_place), strict=True))
-        cut = lambda x: None if (place := of.get(id(x))) is None or place.early else place.cut
+        cut = lambda x: None if (place := of.get(id(x))) is None or place.early else (place.cut, place.tensor)
 
         def gathered(path, leaf):
             arrays = jax.tree_util.tree_leaves_with_path(leaf)
-            inside = [(path_string(inner), at) for inner, x in arrays if (at := cut(x)) is not None]
+            inside = [(path_string(inner), *at) for inner, x in arrays if (at := cut(x)) and at[0] is not None]
             if not inside:
                 return leaf
             axes = leaf.axes if isinstance(leaf, Weight) else self.axes[path].lstrip("s")
