@@ -37,8 +37,8 @@ def test_qlora_of_8b_on_four_v5e_chips():
     assert found.headroom >= 0.25
     assert 'custom_call_target="tpu_custom_call"' in found.text, "the Pallas kernel"
 
-    embeddings = 2 * 128256 * 4096 * 2 / 4
-    bits = (found.parts_gib["weights"] * 2**30 - embeddings) * 4 * 8 / MATRICES
+    besides = 2 * 128256 * 4096 * 2 / 4 + 65 * 4096 * 2  # embedding and head in pieces, norms whole on each chip
+    bits = (found.parts_gib["weights"] * 2**30 - besides) * 4 * 8 / MATRICES
     assert bits <= 4.13, bits
 
     packed = sum(size for dtype, size in found.gathered_bytes.items() if dtype in ("u4", "u8"))
