@@ -61,8 +61,8 @@ class Plan:
     def gathered_bytes(self) -> dict[str, int]:
         """Bytes gathered on each device in a step, by dtype.
 
-        On slices of hundreds of chips the TPU's compiler writes the gathers of small pieces as sums of `u32` words, zero
-        on all devices but one: nothing else sums such words, and they count as gathered.
+        On slices of hundreds of chips the TPU's compiler writes gathers of small pieces as sums of `u32` words, zero on
+        all devices but one: nothing else sums such words, and they count as gathered.
         """
         gathers = lambda e: e.kind == "all-gather" or (e.kind, e.dtype) == ("all-reduce", "u32")
         return {e.dtype: e.bytes for e in self.exchanges if gathers(e)}
