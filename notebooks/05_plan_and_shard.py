@@ -372,9 +372,9 @@ for mesh, (*_, lowered) in zip(MESHES, sharded, strict=True):
     assert asked["ui4"]
 
 # %% [markdown]
-# Codes are asked for as `ui4`. Of a matrix on the second mesh a device needs a half, yet more is gathered than on the
-# first: before XLA gathers along `fsdp` it joins the pieces along `tensor`. For the bytes `fsdp` alone is better, as
-# long as there are rows for all of its devices; `tensor` is for more devices than rows.
+# Codes are asked for as `ui4`. Of a matrix on the second mesh a device needs a half, and half of the codes is what it
+# gathers. What `tensor` costs instead are sums over activations, which grow with the tokens and not with the weights:
+# it is for more devices than rows.
 
 # %% [markdown]
 # ## On a pod

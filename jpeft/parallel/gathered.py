@@ -51,7 +51,7 @@ class Gathered(Weight):
 
     def whole(self):
         """The leaf as every device has it after the gather: what `base` would be without a mesh."""
-        cut = {path: axes for path, *axes in self.split}
+        cut = {path: (at, tensor) for path, at, tensor in self.split}
 
         def gather(path, x):
             axes = cut.get(path_string(path))

@@ -87,7 +87,7 @@ def main():
     for case in rows:
         print(row(case), flush=True)
     if "depth" in wanted:
-        print("\n" + depth("v5e-16"), flush=True)
+        print(*("\n" + depth(name) for name in ("v5e-16", "v5e-256")), sep="", flush=True)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ QLORA = jpeft.chain(jpeft.NF4(), jpeft.LoRA(rank=4))
 
 def test_a_plan_says_what_each_device_holds_and_exchanges(model, monkeypatch):
     monkeypatch.setattr(layout, "SMALL", 64)
+    monkeypatch.setattr(layout, "TINY", 64)
     found = plan(*model, QLORA, optax.adamw(1e-3), make_mesh("fsdp=8"), 8, 32, limit_gib=1.0)
     assert (found.fits, found.mesh) == (True, "fsdp=8")
     assert 0 < found.gib < 0.1
@@ -43,6 +44,16 @@ def test_a_plan_says_what_each_device_holds_and_exchanges(model, monkeypatch):
     assert found.parts_gib["optimizer"] == pytest.approx(2 * found.parts_gib["adapters"], rel=0.01)
     codes = sum(size for dtype, size in found.gathered_bytes.items() if dtype in ("u4", "u8", "s4", "s8"))
     assert codes >= 2 * matrices // 2, "the codes of all layers, forward and backward"
+
+
+def test_what_tensor_parallelism_cuts_stays_cut_where_it_is_gathered(model, monkeypatch):
+    monkeypatch.setattr(layout, "SMALL", 64)
+    monkeypatch.setattr(layout, "TINY", 64)
+    codes = {}
+    for mesh in ("fsdp=4,data=2", "fsdp=4,tensor=2"):
+        found = plan(*model, QLORA, optax.adamw(1e-3), make_mesh(mesh), 8, 32, limit_gib=1.0)
+        codes[mesh] = sum(size for dtype, size in found.gathered_bytes.items() if dtype in ("u4", "u8", "s4", "s8"))
+    assert codes["fsdp=4,tensor=2"] <= 0.51 * codes["fsdp=4,data=2"]
 
 
 def test_offloaded_state_is_the_host_s(model):
