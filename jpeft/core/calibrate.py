@@ -90,11 +90,11 @@ def _gradients_of(loss, params, chosen: dict[str, Site]):
     leaves = {path: leaf for path, leaf in leaves_with_paths(params) if path in chosen}
 
     @jax.jit
-    def look(*inputs):
+    def grads(leaves, params, *inputs):
         within = lambda leaves: map_with_paths(lambda path, leaf: leaves.get(path, leaf), params)
         return jax.grad(lambda leaves: loss(within(leaves), *inputs))(leaves)
 
-    return look
+    return lambda *inputs: grads(leaves, params, *inputs)
 
 
 def _inputs_of(fn, params, chosen: dict[str, Site], sites: Sites):
@@ -105,7 +105,7 @@ def _inputs_of(fn, params, chosen: dict[str, Site], sites: Sites):
         if calls > layers:
             raise ValueError(f"{path}: one run uses it {calls} times; its inputs cannot be told apart; leave it out")
 
-    def run(probes, *inputs):
+    def run(probes, params, *inputs):
         made = lambda path, leaf, axes: _Recorder(leaf, probes[path], axes=axes)
         out = lift(fn)(_with(params, chosen, made), *inputs)
         floats = [x for x in jax.tree.leaves(out) if jnp.issubdtype(x.dtype, jnp.inexact)]
@@ -123,7 +123,8 @@ def _inputs_of(fn, params, chosen: dict[str, Site], sites: Sites):
                 f"the inputs of {', '.join(unseen[:5])} cannot be seen: no plain product there; leave it out"
             )
         shapes = {path: matrix_sizes(site.shape, site.axes) for path, site in chosen.items()}
-        return grads({path: jnp.zeros((*lead, rows[path], n)) for path, (lead, n, _) in shapes.items()}, *inputs)
+        probes = {path: jnp.zeros((*lead, rows[path], n)) for path, (lead, n, _) in shapes.items()}
+        return grads(probes, params, *inputs)
 
     return look
 
