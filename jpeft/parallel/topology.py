@@ -124,9 +124,9 @@ class GPU:
         shape = f"1x{chips // each}x{each}"  # of partitions, hosts, GPUs
         try:
             described = topologies.get_topology_desc(platform="cuda", target_config=self.description(), topology=shape)
-        except NotImplementedError as error:
+        except RuntimeError as error:
             raise RuntimeError(
-                "JAX has started without its CUDA plugin, which found no driver; "
+                f"JAX describes no such GPUs ({error}); if it started without its CUDA plugin, which found no driver: "
                 "ask for a GPU's devices before anything runs, or set JAX_PLATFORMS=cpu"
             ) from error
         return list(described.devices)
