@@ -54,7 +54,6 @@ def join(
     *,
     distributed: bool = False,
     environment: Mapping[str, str] = os.environ,
-    heartbeat_seconds: int = HEARTBEAT_SECONDS,
 ) -> None:
     """Join the other processes of the run, if there are any. To be called before anything asks JAX for its devices.
 
@@ -65,7 +64,6 @@ def join(
         distributed: find out from the cluster what is not given (Cloud TPU, GKE, Slurm, Open MPI). Where it is False
             and nothing is given, the process is alone.
         environment: where the variables are.
-        heartbeat_seconds: how long a process may be silent before it counts as lost.
 
     Raises:
         ValueError: a part of the three, or numbers that do not fit, or a cluster that says nothing.
@@ -93,10 +91,9 @@ def join(
             address,
             count,
             number,
-            local_device_ids=None,
             cluster_detection_method=None if missing else "deactivate",
-            heartbeat_timeout_seconds=heartbeat_seconds,
-            shutdown_timeout_seconds=heartbeat_seconds,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except ValueError as error:
         raise ValueError(
