@@ -64,8 +64,11 @@ class Plan:
         On slices of hundreds of chips the TPU's compiler writes gathers of small pieces as sums of `u32` words, zero on
         all devices but one: nothing else sums such words, and they count as gathered.
         """
-        gathers = lambda e: e.kind == "all-gather" or (e.kind, e.dtype) == ("all-reduce", "u32")
-        return {e.dtype: e.bytes for e in self.exchanges if gathers(e)}
+        found: dict[str, int] = {}
+        for e in self.exchanges:
+            if e.kind == "all-gather" or (e.kind, e.dtype) == ("all-reduce", "u32"):
+                found[e.dtype] = found.get(e.dtype, 0) + e.bytes
+        return found
 
 
 def abstract_batch(rows: int, length: int, sharding=None) -> dict[str, jax.ShapeDtypeStruct]:

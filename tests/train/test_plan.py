@@ -8,6 +8,7 @@ import pytest
 import jpeft
 import jpeft.models
 from jpeft.parallel import layout, make_mesh
+from jpeft.parallel.program import Collective
 from jpeft.train import plan as plans
 from jpeft.train.plan import flops_per_token, plan
 
@@ -54,6 +55,17 @@ def test_what_tensor_parallelism_cuts_stays_cut_where_it_is_gathered(model, monk
         found = plan(*model, QLORA, optax.adamw(1e-3), make_mesh(mesh), 8, 32, limit_gib=1.0)
         codes[mesh] = sum(size for dtype, size in found.gathered_bytes.items() if dtype in ("u4", "u8", "s4", "s8"))
     assert codes["fsdp=4,tensor=2"] <= 0.51 * codes["fsdp=4,data=2"]
+
+
+def test_gathers_that_the_compiler_wrote_as_sums_of_words_count_as_gathered():
+    exchanges = [
+        ("all-gather", "u32", 8),
+        ("all-gather", "u4", 4),
+        ("all-reduce", "bf16", 2),
+        ("all-reduce", "u32", 16),
+    ]
+    found = plans.Plan("fsdp=8", True, 1.0, 2.0, {}, exchanges=tuple(Collective(k, d, 1, n) for k, d, n in exchanges))
+    assert found.gathered_bytes == {"u32": 24, "u4": 4}
 
 
 def test_offloaded_state_is_the_host_s(model):
