@@ -31,7 +31,7 @@ def run(arguments: Sequence[str]) -> None:
 
     hosts.join(config.coordinator, config.processes, config.process_id, distributed=config.distributed)
     try:
-        with hosts.only_first_prints():
+        with hosts.only_first_prints(), hosts.watched():
             _train(config, method)
     except hosts.ProcessLost as error:
         print(f"jpeft: {error}", file=sys.stderr, flush=True)

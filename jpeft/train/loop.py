@@ -90,7 +90,6 @@ def fit(
     if config.mesh is not None:
         mesh = make_mesh(config.mesh)
         layout = shard(mesh, method, params, sites, tx, calibration or None)
-        layout.check_rows(config.batch_size // config.accumulation)
         pretrained = shard(mesh, None, params, sites)
         params = hosts.spread(params, pretrained.frozen)
     trainable, frozen = method.init(key, params, sites, calibration or None)
@@ -142,6 +141,7 @@ def fit(
             while done < steps and not stopped(done):
                 position, batch = batches.get_state(), next(batches)
                 state, metrics = step_fn(state, frozen, on_devices(batch, batches.rows), key)
+                metrics = jax.device_get(metrics)  # all in one transfer
                 loss = float(metrics["loss"])
                 if not metrics["finite"]:
                     save(state, position)
